@@ -1,0 +1,48 @@
+# Two commands do everything: `make figures` and `make test`. Both build .venv first.
+PYTHON  ?= python3
+PROFILE ?= embedded
+CELEBA  ?=
+FS2K    ?=
+OUT     ?= runs/assets
+VENV    ?= .venv
+BIN     := $(VENV)/bin
+STAMP   := $(VENV)/.installed
+# papermill -p takes KEY VALUE: e.g. make figures ARGS="-p n_inv 40"
+ARGS    ?=
+
+.PHONY: help install figures test check lab assets verify wheel bench clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): setup.py settings.ini constraints.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(STAMP) ## create .venv and install the tested versions
+
+figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELEBA=folder for real photos)
+	@mkdir -p runs/$(PROFILE)
+	@for nb in 20_figure2 21_figure3 22_figure4; do \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$$nb.ipynb runs/$(PROFILE)/$$nb.ipynb -k python3 --log-output --no-progress-bar \
+	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(ARGS) || exit 1; \
+	done
+	@ls figures/$(PROFILE)/*.png
+
+test: $(STAMP) ## every notebook (nbdev_test), then the test suite
+	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 $(BIN)/nbdev_test --n_workers 2
+	DIFFCLIP_QUIET=1 $(BIN)/pytest -q
+
+check: $(STAMP) ## notebooks clean, package in sync with them, nothing stale
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_sync.py
+
+lab: $(STAMP) ## JupyterLab on the notebooks
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter lab --notebook-dir=nbs
+
+wheel: $(STAMP) ## build dist/*.whl
+	$(BIN)/python -m build --wheel
+
+clean: ## remove builds and caches, keep runs/ and .venv
+	rm -rf build dist *.egg-info .pytest_cache

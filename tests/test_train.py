@@ -1,0 +1,85 @@
+"Training: learns, resumes bit for bit, refuses what it cannot use"
+import pytest
+import torch
+
+from diffclip_da import train
+from diffclip_da.core import UserError
+from diffclip_da.schedule import linear_schedule
+from diffclip_da.train import NanLoss, TrainConfig, TrainState, main, train_diffusion
+from diffclip_da.unet import load_unet, tiny_unet
+
+SCHEDULE = linear_schedule()
+CFG = TrainConfig(n_images=32, batch_size=4, warmup=2, checkpoint_every=3) # 8 steps
+
+
+@pytest.fixture
+def images(): return torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def weights(m): return torch.cat([p.flatten() for p in m.parameters()])
+
+
+def test_loss_falls_on_one_picture(tmp_path):
+    one = torch.zeros(1, 3, 16, 16, dtype=torch.uint8); one[..., 8:] = 255
+    _, h = train_diffusion(tiny_unet(), one, None, SCHEDULE, TrainConfig(n_images=1200, batch_size=16, lr=3e-3, warmup=5), tmp_path)
+    assert len(h) == 75 and sum(h[-10:]) < 0.6 * sum(h[:10])
+
+
+@pytest.mark.parametrize('dies_at', [1, 5, 7])
+def test_resume_is_bitwise(tmp_path, images, monkeypatch, dies_at):
+    labels = torch.arange(12) % 2
+    whole, h = train_diffusion(tiny_unet(n_classes=2), images, labels, SCHEDULE, CFG, tmp_path / 'whole')
+    step, n = train.train_step, iter(range(100))
+    def dying(*a):
+        if next(n) == dies_at: raise KeyboardInterrupt
+        return step(*a)
+    monkeypatch.setattr(train, 'train_step', dying)
+    with pytest.raises(KeyboardInterrupt): train_diffusion(tiny_unet(n_classes=2), images, labels, SCHEDULE, CFG, tmp_path / 'parts')
+    monkeypatch.setattr(train, 'train_step', step)
+    resumed, h2 = train_diffusion(tiny_unet(n_classes=2, seed=9), images, labels, SCHEDULE, CFG, tmp_path / 'parts2' if dies_at < 3 else tmp_path / 'parts')
+    if dies_at >= 3: assert torch.equal(weights(whole), weights(resumed)) and h == h2
+    else: assert not (tmp_path / 'parts/checkpoint.pt').exists()
+
+
+def test_nan_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, images, monkeypatch):
+    loss = train.diffusion_loss
+    calls = iter(range(100))
+    monkeypatch.setattr(train, 'diffusion_loss', lambda *a, **k: loss(*a, **k) * (float('nan') if next(calls) == 4 else 1))
+    with pytest.raises(NanLoss, match='nan at step 5: lower lr'): train_diffusion(tiny_unet(), images, None, SCHEDULE, CFG, tmp_path)
+    s = TrainState(tiny_unet(), CFG); s.load(tmp_path / 'checkpoint.pt')
+    assert s.step == 3 and torch.isfinite(weights(s.model)).all()
+
+
+def test_other_settings_do_not_silently_continue(tmp_path, images):
+    train_diffusion(tiny_unet(), images, None, SCHEDULE, CFG, tmp_path)
+    with pytest.raises(UserError, match=r'other settings \(lr\)'): train_diffusion(tiny_unet(), images, None, SCHEDULE, TrainConfig(**{**CFG.__dict__, 'lr': 1.}), tmp_path)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path, images):
+    (tmp_path / 'checkpoint.pt').write_bytes(b'not a checkpoint')
+    with pytest.raises(UserError, match='checkpoint.pt is not a readable checkpoint'): train_diffusion(tiny_unet(), images, None, SCHEDULE, CFG, tmp_path)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda x: (x.float(), None), 'must be uint8'),
+    (lambda x: (x[..., :8], None), 'images are 16x8, the model wants 16x16'),
+    (lambda x: (x[:0], None), 'is empty'),
+])
+def test_images_it_cannot_use(tmp_path, images, change, message):
+    with pytest.raises(UserError, match=message): train_diffusion(tiny_unet(), *change(images), SCHEDULE, CFG, tmp_path)
+
+
+@pytest.mark.parametrize('labels, message', [(None, '12 images but 0 labels'), (torch.arange(5), '12 images but 5 labels'), (torch.arange(12), r'labels must lie in 0..1')])
+def test_labels_it_cannot_use(tmp_path, images, labels, message):
+    with pytest.raises(UserError, match=message): train_diffusion(tiny_unet(n_classes=2), images, labels, SCHEDULE, CFG, tmp_path)
+
+
+def test_command_line_trains_on_a_folder_and_writes_a_model(tmp_path, images, capsys):
+    from PIL import Image
+    (tmp_path / 'photos').mkdir()
+    for i, x in enumerate(images): Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / f'photos/{i}.png')
+    args = ['--images', str(tmp_path / 'photos'), '--out', str(tmp_path / 'out'), '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu']
+    assert main(args) == 0 and 'wrote' in capsys.readouterr().out
+    assert load_unet(str(tmp_path / 'out/model')).image_size == 16
+    assert main(['--out', 'x']) == 2 and 'exactly one of --celeba and --images' in capsys.readouterr().err
+    assert main(['--images', str(tmp_path / 'none'), '--out', str(tmp_path / 'o2')]) == 2 and 'none' in capsys.readouterr().err
