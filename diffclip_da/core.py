@@ -9,7 +9,7 @@ __all__ = ['COLOURS', 'RECORD_KEYS', 'PROVENANCE', 'UserError', 'friendly_exit',
            'from_uint8', 'to_pil', 'from_pil', 'image_grid', 'show_images', 'set_style', 'progress', 'make_record',
            'validate_record', 'save_figure']
 
-# %% ../nbs/01_core.ipynb #852cf5a3
+# %% ../nbs/01_core.ipynb #963414aa
 import contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, io, json, math
 import os, platform, random, subprocess, sys
 from pathlib import Path
@@ -25,11 +25,10 @@ from tqdm.auto import tqdm
 
 import diffclip_da
 
-# %% ../nbs/01_core.ipynb #186535a1
+# %% ../nbs/01_core.ipynb #56eda57f
 class UserError(ValueError):
     "Bad input. The text names the file or value at fault and the mend; command lines show it without a traceback and exit with code 2."
 
-# %% ../nbs/01_core.ipynb #e6a797a2
 def friendly_exit(main):
     "Decorator for a command line's `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C exit code 130."
     @functools.wraps(main)
@@ -43,7 +42,7 @@ def friendly_exit(main):
             raise SystemExit(130) from None
     return wrapped
 
-# %% ../nbs/01_core.ipynb #8104d225
+# %% ../nbs/01_core.ipynb #cac604e2
 def set_seed(seed:int):
     "Seed Python's, NumPy's and torch's global generators: for code of others that draws from them (layer initialisation, shuffling)."
     random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
@@ -54,14 +53,14 @@ def new_generator(seed:int, # any non-negative integer
     "A fresh torch generator. Pass it as `generator=` to whatever draws."
     return torch.Generator(device=device).manual_seed(seed)
 
-# %% ../nbs/01_core.ipynb #1db4dda8
+# %% ../nbs/01_core.ipynb #c99102c2
 def default_device() -> torch.device:
     "CUDA if there is one, else Apple's MPS, else the CPU."
     if torch.cuda.is_available(): return torch.device('cuda')
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
 
-# %% ../nbs/01_core.ipynb #dd232823
+# %% ../nbs/01_core.ipynb #7508cddb
 def _write_error(path, e:OSError) -> UserError:
     "Say in words why `path` could not be written."
     why = {errno.ENOSPC: 'no space left on the disk; free some or choose another folder',
@@ -73,7 +72,7 @@ def _write_error(path, e:OSError) -> UserError:
            errno.EEXIST: 'part of this path is a file, not a folder; choose another path'}.get(e.errno, str(e))
     return UserError(f'cannot write {path}: {why}')
 
-# %% ../nbs/01_core.ipynb #052f36f5
+# %% ../nbs/01_core.ipynb #e1fb79eb
 @contextlib.contextmanager
 def atomic_write(path, # the file to make; missing parent folders are made too
                  mode='wb', # 'wb', or 'w' for UTF-8 text with \n line ends
@@ -98,7 +97,7 @@ def atomic_write(path, # the file to make; missing parent folders are made too
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EISDIR): raise _write_error(path, e) from e
         raise
 
-# %% ../nbs/01_core.ipynb #891958f2
+# %% ../nbs/01_core.ipynb #1aa1a0f1
 def jsonable(o, nan=True):
     "`o` in terms of dict, list, str, numbers, bool and None. Floats that are not finite stay (`nan=True`) or become None."
     rec = functools.partial(jsonable, nan=nan)
@@ -113,7 +112,7 @@ def jsonable(o, nan=True):
     if isinstance(o, float): return o if nan or math.isfinite(o) else None
     raise TypeError(f'no JSON form for {type(o).__name__}: {o!r}')
 
-# %% ../nbs/01_core.ipynb #1535c036
+# %% ../nbs/01_core.ipynb #159633a0
 def write_json(path, obj):
     "Write `obj` as JSON, atomically; keys keep their order, floats that are not finite become null."
     text = json.dumps(jsonable(obj, nan=False), indent=1, ensure_ascii=False, allow_nan=False)
@@ -127,7 +126,7 @@ def read_json(path):
         raise UserError(f'{path}: not valid JSON ({e}); delete it so that it is made anew, or restore it') from None
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror}') from None
 
-# %% ../nbs/01_core.ipynb #659c8fd6
+# %% ../nbs/01_core.ipynb #19e7eee3
 def sha256_bytes(b:bytes) -> str:
     "SHA-256 of `b`, 64 hex digits."
     return hashlib.sha256(b).hexdigest()
@@ -148,7 +147,7 @@ def check_sha256(path, expected:str):
         raise UserError(f'{path}: SHA-256 is {got[:12]}..., expected {expected[:12]}...; '
                         'the file is damaged or another version: fetch it again')
 
-# %% ../nbs/01_core.ipynb #c4180aa6
+# %% ../nbs/01_core.ipynb #f8a57f3c
 def canonical_hash(obj, # dataclasses, dicts, lists, tensors, scalars, however nested
                    n=16, # hex digits to keep; 16 of them = 64 bits
                   ) -> str:
@@ -156,7 +155,7 @@ def canonical_hash(obj, # dataclasses, dicts, lists, tensors, scalars, however n
     text = json.dumps(jsonable(obj), sort_keys=True, separators=(',', ':'), ensure_ascii=False)
     return sha256_bytes(text.encode())[:n]
 
-# %% ../nbs/01_core.ipynb #18ce7c52
+# %% ../nbs/01_core.ipynb #1160bf18
 def state_hash(module, # an `nn.Module` or a state dict
               ) -> str:
     "SHA-256 over names, dtypes, shapes and bytes of a model's parameters and buffers; the device is of no account."
@@ -168,7 +167,7 @@ def state_hash(module, # an `nn.Module` or a state dict
         h.update(v.reshape(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-# %% ../nbs/01_core.ipynb #89c7761b
+# %% ../nbs/01_core.ipynb #0451324f
 def versions() -> dict:
     "Versions of Python and of the packages that numbers depend on; None for one that is not installed."
     names = ('torch', 'torchvision', 'diffusers', 'open_clip_torch', 'facenet-pytorch', 'numpy', 'seaborn')
@@ -188,13 +187,13 @@ def git_commit() -> str|None:
         return git('rev-parse', '--short=10', 'HEAD') + ('+dirty' if git('status', '--porcelain', '-uno', '--', '.') else '')
     except (OSError, subprocess.CalledProcessError): return None
 
-# %% ../nbs/01_core.ipynb #b6866348
+# %% ../nbs/01_core.ipynb #c8877ed3
 def asset_dir(name='') -> Path:
     "Folder of the shipped asset `name`, or of all. The environment variable DIFFCLIP_ASSETS names another root."
     root = os.environ.get('DIFFCLIP_ASSETS') or Path(diffclip_da.__file__).parent/'assets'
     return Path(root)/name
 
-# %% ../nbs/01_core.ipynb #6623ad20
+# %% ../nbs/01_core.ipynb #9baf60c7
 def load_card(name:str) -> dict:
     "The card of a shipped asset: `measured`, `targets`, `data`, `licence_note`, `training`, `limits`, `files` (name -> SHA-256)."
     path = asset_dir(name)/'card.json'
@@ -216,7 +215,7 @@ def asset_file(name:str, filename:str) -> Path:
     _check_once(path, files[filename], st.st_size, st.st_mtime_ns)
     return path
 
-# %% ../nbs/01_core.ipynb #ad4781c7
+# %% ../nbs/01_core.ipynb #5c1a4744
 def to_uint8(x) -> torch.Tensor:
     "Float image(s) in [-1, 1], any shape -> uint8 of the same shape; values beyond are clamped."
     if not torch.isfinite(x).all(): raise UserError('image holds NaN or infinite values, so it has no pixels to show')
@@ -226,7 +225,7 @@ def from_uint8(u) -> torch.Tensor:
     "uint8 image(s), any shape -> float32 in [-1, 1]."
     return u.float() / 127.5 - 1
 
-# %% ../nbs/01_core.ipynb #b2b31e11
+# %% ../nbs/01_core.ipynb #ec6afad6
 def to_pil(x:torch.Tensor, # [3, h, w] or [1, h, w] in [-1, 1]
           ) -> Image.Image:
     "One image tensor -> RGB PIL image."
@@ -240,7 +239,7 @@ def from_pil(im:Image.Image, size:int|None=None # if given, resized to size x si
     if size is not None and im.size != (size, size): im = im.resize((size, size), Image.Resampling.LANCZOS)
     return from_uint8(torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous())
 
-# %% ../nbs/01_core.ipynb #6fd824e7
+# %% ../nbs/01_core.ipynb #47147b17
 def image_grid(x:torch.Tensor, # [b, 3, h, w] or [b, 1, h, w] in [-1, 1]
                n_cols:int, pad=2, # columns; white pixels between images
               ) -> torch.Tensor: # [3, H, W]
@@ -256,7 +255,7 @@ def image_grid(x:torch.Tensor, # [b, 3, h, w] or [b, 1, h, w] in [-1, 1]
         grid[:, top:top + h, left:left + w] = im
     return grid
 
-# %% ../nbs/01_core.ipynb #8144be90
+# %% ../nbs/01_core.ipynb #4730328e
 def show_images(x, # [b, 3, h, w] in [-1, 1], or a list of [3, h, w]
                 titles=None, n_cols=8, scale=1.2, # one title per image; images per row; inches per image
                 row_labels=None, # one label per row, at its left
@@ -276,7 +275,7 @@ def show_images(x, # [b, 3, h, w] in [-1, 1], or a list of [3, h, w]
     plt.close(fig)
     return fig
 
-# %% ../nbs/01_core.ipynb #afb5b5e2
+# %% ../nbs/01_core.ipynb #0bd3956f
 COLOURS = dict(source='#0072B2', target='#D55E00', adapted='#009E73', train='#CC79A7', other='#6E6E6E')
 
 def set_style():
@@ -286,13 +285,13 @@ def set_style():
                       'axes.spines.right': False, 'image.interpolation': 'nearest', 'pdf.fonttype': 42,
                       'svg.hashsalt': 'diffclip_da', 'legend.frameon': False})
 
-# %% ../nbs/01_core.ipynb #c4e1cc2e
+# %% ../nbs/01_core.ipynb #9e695a1f
 def progress(it=None, desc='', total=None, **kwargs):
     "tqdm: a widget in notebooks, text in terminals, gone when done; shown from 1 s on, never with DIFFCLIP_QUIET=1."
     return tqdm(it, desc=desc, total=total, leave=False, delay=1, dynamic_ncols=True,
                 disable=os.environ.get('DIFFCLIP_QUIET', '') == '1', **kwargs)
 
-# %% ../nbs/01_core.ipynb #4fee2b8b
+# %% ../nbs/01_core.ipynb #30036692
 RECORD_KEYS = ('figure', 'profile', 'config', 'seeds', 'commit', 'versions', 'weights', 'data', 'numbers', 'summary', 'tolerance')
 PROVENANCE = ('shipped', 'published', 'random')
 
@@ -307,7 +306,7 @@ def make_record(figure:str, profile:str, config, seeds, # 'figure3'; 'embedded';
     validate_record(record)
     return record
 
-# %% ../nbs/01_core.ipynb #4e84637a
+# %% ../nbs/01_core.ipynb #1da852e3
 def validate_record(record:dict):
     "Raise `UserError` that lists everything a record lacks."
     name = f"record of {record.get('figure', '?')}"
@@ -326,7 +325,7 @@ def validate_record(record:dict):
     bad += [f'tolerance.{k} has no metric of that name in summary' for k in record['tolerance'] if k not in record['summary']]
     if bad: raise UserError(f"{name}: {'; '.join(bad)}")
 
-# %% ../nbs/01_core.ipynb #a158e96e
+# %% ../nbs/01_core.ipynb #69e9c521
 def save_figure(fig, record:dict, # from `make_record`; names the figure and the profile
                 table:pd.DataFrame|None=None, # the plotted series, long form; without one the CSV holds the summary
                 root='figures') -> dict: # 'png', 'pdf', 'json', 'csv' -> Path

@@ -36,7 +36,7 @@ def test_check_sees_a_stale_module_an_edit_and_a_dirty_notebook(copy):
 
 
 def test_wheel_holds_the_code_and_every_asset(copy, tmp_path):
-    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, ROOT if False else copy], check=True, capture_output=True)
+    subprocess.run([sys.executable, '-m', 'pip', 'wheel', '-q', '--no-deps', '--no-build-isolation', '-w', tmp_path, copy], check=True, capture_output=True)
     wheel = next(tmp_path.glob('*.whl'))
     listed = subprocess.run([sys.executable, '-m', 'zipfile', '-l', wheel], check=True, capture_output=True, text=True).stdout
     assets = [p.relative_to(ROOT).as_posix() for p in (ROOT / 'diffclip_da/assets').rglob('*') if p.is_file()]

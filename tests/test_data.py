@@ -1,0 +1,455 @@
+import io
+import json
+import pickle
+import random
+import zipfile
+from multiprocessing import get_context
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import celeba_rows, encoded, picture, write_celeba
+from PIL import Image
+
+from diffclip_da.core import UserError, from_pil, sha256_bytes, write_json
+from diffclip_da.data import (CELEBA_CROP, ImageSet, Store, celeba, check_splits, crop_image, decode, fs2k, image_folder,
+                              labelled_split, shipped_faces, to_rgb)
+
+
+# ---- decoding ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('mode, colour, want', [
+    ('RGB', (10, 20, 30), (10, 20, 30)),
+    ('L', 77, (77, 77, 77)),
+    ('1', 1, (255, 255, 255)),
+    ('RGBA', (255, 0, 0, 0), (255, 255, 255)),
+    ('RGBA', (255, 0, 0, 128), (255, 127, 127)),
+    ('LA', (0, 51), (204, 204, 204)),
+    ('CMYK', (0, 255, 255, 0), (255, 0, 0)),
+    ('CMYK', (0, 0, 0, 255), (0, 0, 0)),
+])
+def test_modes(mode, colour, want):
+    im = to_rgb(Image.new(mode, (2, 2), colour))
+    assert im.mode == 'RGB' and im.getpixel((0, 0)) == want
+
+
+@pytest.mark.parametrize('value, want', [(0, 0), (257, 1), (32896, 128), (65535, 255)])
+def test_16_bit_grey_png(value, want):
+    im = decode(encoded(Image.fromarray(np.full((3, 3), value, np.uint16)), 'PNG'), 'deep.png')
+    assert im.mode == 'RGB' and im.getpixel((1, 1)) == (want,) * 3
+
+
+def test_palette_with_and_without_transparency():
+    im = Image.new('P', (2, 1))
+    im.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
+    im.putpixel((1, 0), 1)
+    rgb = decode(encoded(im, 'PNG'), 'p.png')
+    assert [rgb.getpixel((k, 0)) for k in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
+    clear = decode(encoded(im, 'PNG', transparency=1), 'p.png')
+    assert [clear.getpixel((k, 0)) for k in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_exif_orientation_is_applied():
+    im = Image.new('RGB', (40, 20), 'black')
+    im.paste('white', (0, 0, 20, 20))
+    exif = Image.Exif()
+    exif[274] = 6   # to be turned by 90 degrees clockwise: what is at the left comes to the top
+    up = decode(encoded(im, exif=exif), 'phone.jpg')
+    assert up.size == (20, 40) and up.getpixel((10, 5))[0] > 200 and up.getpixel((10, 35))[0] < 50
+
+
+@pytest.mark.parametrize('fmt', ['JPEG', 'PNG', 'WEBP', 'BMP'])
+def test_truncated_image_names_the_file(fmt):
+    b = encoded(Image.effect_noise((64, 64), 60).convert('RGB'), fmt)
+    with pytest.raises(UserError, match=r'photos/face\.x: the image is (truncated|damaged).*fetch it again or delete it'): decode(b[:len(b) // 2], 'photos/face.x')
+
+
+def test_other_bytes_are_no_image():
+    with pytest.raises(UserError, match=r'a\.jpg: the image is damaged, or not an image'): decode(b'<html>not found</html>', 'a.jpg')
+    with pytest.raises(UserError, match=r'a\.jpg: the file is empty'): decode(b'', 'a.jpg')
+
+
+def test_decompression_bomb_is_refused(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    with pytest.raises(UserError, match=r'huge\.png: the image is damaged, or not an image .*decompression bomb'): decode(encoded(picture(0), 'PNG'), 'huge.png')
+
+
+def test_crops():
+    im = picture(0, (178, 218))
+    assert np.array_equal(np.asarray(crop_image(im, CELEBA_CROP)), np.asarray(im)[40:188, 15:163])
+    assert np.array_equal(np.asarray(crop_image(im, 'center')), np.asarray(im)[20:198])
+    assert crop_image(im, None).size == (178, 218)
+    for size in [(250, 250), (180, 256), (256, 183), (1000, 1000), (90, 128)]:
+        w, h = crop_image(Image.new('RGB', size), 'fs2k').size
+        assert w == h > .75 * min(size)
+    with pytest.raises(UserError, match=r"small\.jpg: crop \(15, 40, 163, 188\) does not fit a picture of 64 x 64 pixels; give another crop"): crop_image(picture(0), CELEBA_CROP, 'small.jpg')
+
+
+# ---- folders ----------------------------------------------------------------------------------------------------------------
+
+IDS = ['0.png', '1.png', '2.png', '3.png', 'more/4.png', 'more/5.png']
+
+
+def write_csv(path, ids=IDS, labels=None, header='id,label'):
+    labels = labels or ['cat' if k % 2 else 'dog' for k in range(len(ids))]
+    path.write_text('\n'.join([header] + [f'{i},{y}' for i, y in zip(ids, labels)]) + '\n')
+    return path
+
+
+def test_folder_ids_are_relative_paths_and_hidden_files_are_skipped(photos):
+    (photos/'.hidden.png').write_bytes(b'x')
+    (photos/'.thumbs').mkdir()
+    (photos/'.thumbs'/'t.jpg').write_bytes(b'x')
+    (photos/'notes.txt').write_text('x')
+    (photos/'UPPER.JPG').write_bytes(encoded(picture(9)))
+    for ext, fmt in (('jpeg', 'JPEG'), ('webp', 'WEBP'), ('bmp', 'BMP')): (photos/f'z.{ext}').write_bytes(encoded(picture(8), fmt))
+    s = image_folder(photos)
+    assert s.ids == IDS[:4] + ['UPPER.JPG'] + IDS[4:] + ['z.bmp', 'z.jpeg', 'z.webp']
+    assert s.labels is None and s.tensor(size=16).shape == (10, 3, 16, 16)
+
+
+def test_tensor_is_the_cropped_resized_image(photos):
+    s = image_folder(photos)
+    x = s.tensor(['more/4.png', '0.png'], 16)
+    assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
+    assert torch.equal(x[0], from_pil(picture(4), 16)) and torch.equal(x[1], from_pil(picture(0), 16))
+    assert torch.equal(s.tensor(size=64)[2], from_pil(picture(2)))
+
+
+def test_labels_meet_images_by_id_whatever_the_order(photos, tmp_path):
+    a = image_folder(photos, write_csv(tmp_path/'a.csv'))
+    order = list(range(6))
+    random.Random(0).shuffle(order)
+    assert order != sorted(order)
+    b = image_folder(photos, write_csv(tmp_path/'b.csv', [IDS[k] for k in order], [('dog', 'cat')[k % 2] for k in order]))
+    assert a.labels == b.labels == {i: 1 - k % 2 for k, i in enumerate(IDS)} and a.classes == ['cat', 'dog']
+    assert a.labels_of(['1.png', '0.png']).tolist() == [0, 1] and a.labels_of().dtype == torch.long
+    pd.testing.assert_frame_equal(a.manifest(), b.manifest())
+
+
+def test_numeric_labels_sort_as_numbers(photos, tmp_path):
+    s = image_folder(photos, write_csv(tmp_path/'a.csv', labels=['10', '9', '10', '9', '9', '9']))
+    assert s.classes == ['9', '10'] and s.counts() == {'9': 4, '10': 2} and repr(s) == 'ImageSet(photos, 6 images: 4 9, 2 10)'
+
+
+def test_csv_of_other_programs(photos, tmp_path):
+    "A byte-order mark, Windows line ends, spaces after commas, further columns."
+    (tmp_path/'a.csv').write_bytes(b'\xef\xbb\xbfid, label, note\r\n' + b''.join(f'{i}, {"NA" if k % 2 else "a"}, x\r\n'.encode() for k, i in enumerate(IDS)))
+    assert image_folder(photos, tmp_path/'a.csv').classes == ['NA', 'a']   # "NA" is a label, not a missing one
+
+
+@pytest.mark.parametrize('kw, message', [
+    (dict(ids=IDS + ['9.png', '8.png', '7.png', '6.png']), r'a\.csv: 4 ids have no image in .*photos: 6\.png, 7\.png, 8\.png and 1 more'),
+    (dict(ids=IDS[:4]), r'a\.csv: no line for 2 images of .*photos: more/4\.png, more/5\.png'),
+    (dict(ids=IDS + ['0.png']), r'a\.csv: ids given twice: 0\.png'),
+    (dict(labels=['cat'] * 6), r'a\.csv: every image has the label cat; a classifier needs images of two classes'),
+    (dict(labels=['cat', 'dog', '', 'dog', 'cat', 'dog']), r'a\.csv: no label for 2\.png'),
+    (dict(header='file,label'), r'a\.csv: no column id; the first line must be the header "id,label", found "file,label"'),
+    (dict(header='0.png,cat'), r'a\.csv: no column id and no column label'),
+])
+def test_bad_csv(photos, tmp_path, kw, message):
+    with pytest.raises(UserError, match=message): image_folder(photos, write_csv(tmp_path/'a.csv', **kw))
+
+
+def test_unreadable_csv(photos, tmp_path):
+    with pytest.raises(UserError, match=r'cannot read .*none\.csv: No such file'): image_folder(photos, tmp_path/'none.csv')
+    (tmp_path/'e.csv').write_text('')
+    with pytest.raises(UserError, match=r'e\.csv: not a readable CSV .*needs a header line'): image_folder(photos, tmp_path/'e.csv')
+    (tmp_path/'h.csv').write_text('<!doctype html><html>')
+    with pytest.raises(UserError, match=r'h\.csv: this is a web page'): image_folder(photos, tmp_path/'h.csv')
+
+
+def test_empty_and_missing_folders(tmp_path):
+    with pytest.raises(UserError, match=r'nowhere: no such folder'): image_folder(tmp_path/'nowhere')
+    (tmp_path/'readme.txt').write_text('x')
+    with pytest.raises(UserError, match=r'no images \(\.jpg, .*\) in this folder or below it'): image_folder(tmp_path)
+
+
+def test_broken_image_in_a_folder_names_it(photos):
+    (photos/'more'/'4.png').write_bytes((photos/'more'/'4.png').read_bytes()[:80])
+    with pytest.raises(UserError, match=r'photos/more/4\.png: the image is'): image_folder(photos).tensor(size=8)
+
+
+def test_folder_as_zip_equals_folder(photos, tmp_path):
+    with zipfile.ZipFile(tmp_path/'p.zip', 'w') as z:
+        for i in IDS: z.write(photos/i, i)
+        z.writestr('__MACOSX/._0.png', b'x')
+    a, b = image_folder(photos), image_folder(tmp_path/'p.zip')
+    assert a.ids == b.ids and torch.equal(a.tensor(size=8), b.tensor(size=8)) and a.manifest().equals(b.manifest())
+
+
+# ---- ImageSet ---------------------------------------------------------------------------------------------------------------
+
+def test_unknown_ids_and_missing_labels(photos):
+    s = image_folder(photos)
+    for f in (lambda: s.tensor(['0.png', 'x.png'], 8), lambda: s.pil('x.png'), lambda: s.image_hash('x.png'), lambda: s.subset(['x.png'])):
+        with pytest.raises(UserError, match=r'photos .* has no image x\.png'): f()
+    with pytest.raises(UserError, match='photos has no labels; build it with labels_csv='): s.labels_of()
+    with pytest.raises(UserError, match='must not hold an image twice: 0.png'): s.subset(['0.png', '1.png', '0.png'])
+
+
+def test_subset_batches_manifest(photos, tmp_path):
+    s = image_folder(photos, write_csv(tmp_path/'a.csv'))
+    t = s.subset(['3.png', '1.png', 'more/4.png'], 'three')
+    assert (t.name, t.ids, len(t), t.labels) == ('three', ['3.png', '1.png', 'more/4.png'], 3, {'3.png': 0, '1.png': 0, 'more/4.png': 1})
+    got = list(t.batches(8, 2))
+    assert [i for i, _ in got] == [['3.png', '1.png'], ['more/4.png']] and torch.equal(torch.cat([x for _, x in got]), t.tensor(size=8))
+    m = t.manifest()
+    assert m.index.name == 'id' and m.index.tolist() == t.ids and list(m.columns) == ['label', 'sha256'] and m.label.tolist() == [0, 0, 1]
+    assert m.loc['1.png', 'sha256'] == sha256_bytes((photos/'1.png').read_bytes()) == s.image_hash('1.png')
+    assert image_folder(photos).manifest().label.isna().all()
+
+
+def test_empty_tensor(photos): assert image_folder(photos).tensor([], 8).shape == (0, 3, 8, 8)
+
+
+def test_cache(photos, tmp_path, monkeypatch):
+    s, cache = image_folder(photos), tmp_path/'cache'
+    x = s.tensor(size=8, cache_dir=cache)
+    file, = cache.iterdir()
+    with monkeypatch.context() as m:
+        m.setattr(ImageSet, 'pil', lambda *a: 1 / 0)                       # nothing is decoded any more
+        assert torch.equal(x, image_folder(photos).tensor(size=8, cache_dir=cache))
+    s.tensor(size=16, cache_dir=cache)
+    s.tensor(s.ids[::-1], 8, cache_dir=cache)
+    image_folder(photos, crop=(0, 0, 32, 32)).tensor(size=8, cache_dir=cache)
+    assert len(list(cache.iterdir())) == 4                                  # size, order, crop
+    (photos/'0.png').write_bytes(encoded(picture(77), 'PNG'))               # a changed image under the old name
+    y = image_folder(photos).tensor(size=8, cache_dir=cache)
+    assert torch.equal(y[0], from_pil(picture(77), 8)) and torch.equal(y[1:], x[1:])
+    file.write_bytes(file.read_bytes()[:100])                               # a broken cache file is made anew
+    (photos/'0.png').write_bytes(encoded(picture(0), 'PNG'))
+    assert torch.equal(x, image_folder(photos).tensor(size=8, cache_dir=cache))
+
+
+def child(s): return s.tensor(s.ids[:2], 8)
+
+
+def test_pickle_and_fork(mini_celeba):
+    s = celeba(mini_celeba)
+    x = child(s)                                                            # the zip is open now
+    assert torch.equal(child(pickle.loads(pickle.dumps(s))), x)
+    if 'fork' in __import__('multiprocessing').get_all_start_methods():
+        read, write = get_context('fork').Pipe(False)
+        p = get_context('fork').Process(target=lambda: write.send((s.store.read(s.files[s.ids[0]]), s.store._pid)))
+        p.start()
+        b, pid = read.recv()
+        p.join()
+        assert b == s.store.read(s.files[s.ids[0]]) and pid == p.pid        # its own handle
+
+
+# ---- CelebA -----------------------------------------------------------------------------------------------------------------
+
+def test_celeba(mini_celeba):
+    rows = celeba_rows()
+    for partition, k, n in (('train', 0, 12), (1, 1, 6), ('test', 2, 6)):
+        s = celeba(mini_celeba, partition)
+        assert s.ids == [i for i, r in rows.items() if r[0] == k] and len(s) == n
+        assert s.labels == {i: rows[i][1] for i in s.ids} and s.classes == ['female', 'male']
+        assert s.identity == {i: f'celeba {rows[i][3]}' for i in s.ids}
+        assert s.name == f"celeba-{('train', 'valid', 'test')[k]}"
+    s = celeba(mini_celeba, 'valid', 'Smiling')
+    assert s.classes == ['not Smiling', 'Smiling'] and s.labels == {i: rows[i][2] for i in s.ids}
+    assert celeba(mini_celeba, attribute=None).labels is None
+    assert s.pil(s.ids[0]).size == (148, 148)
+    im = Image.open(io.BytesIO(encoded(picture(int(s.ids[0][:6]), (178, 218)))))
+    assert torch.equal(s.tensor(s.ids[:1], 32)[0], from_pil(im.crop(CELEBA_CROP), 32))
+
+
+def test_celeba_order_of_lines_is_of_no_account(mini_celeba, tmp_path):
+    a, b = celeba(mini_celeba), celeba(write_celeba(tmp_path/'b', order=-1))
+    assert a.ids == b.ids and a.labels == b.labels and a.identity == b.identity and a.manifest().equals(b.manifest())
+
+
+def test_celeba_layouts(mini_celeba, tmp_path):
+    want = celeba(mini_celeba).manifest()
+    write_celeba(tmp_path/'tv'/'celeba', zipped=False)                      # torchvision's: the folder above
+    assert celeba(tmp_path/'tv').manifest().equals(want)
+    write_celeba(tmp_path/'official')
+    for sub, names in dict(Img=['img_align_celeba.zip'], Anno=['list_attr_celeba.txt', 'identity_CelebA.txt'], Eval=['list_eval_partition.txt']).items():
+        (tmp_path/'official'/sub).mkdir()
+        for n in names: (tmp_path/'official'/n).rename(tmp_path/'official'/sub/n)
+    assert celeba(tmp_path/'official').manifest().equals(want)
+    (mini_celeba/'img_align_celeba').mkdir()                                # an empty folder beside the zip
+    assert celeba(mini_celeba).manifest().equals(want)
+
+
+def test_celeba_without_identities(mini_celeba):
+    (mini_celeba/'identity_CelebA.txt').unlink()
+    assert celeba(mini_celeba).identity is None
+
+
+def edit(path, f): path.write_text(f(path.read_text()))
+
+
+@pytest.mark.parametrize('breakage, message', [
+    (lambda r: (r/'list_eval_partition.txt').unlink(), r'list_eval_partition\.txt is missing; download it'),
+    (lambda r: (r/'list_attr_celeba.txt').unlink(), r'list_attr_celeba\.txt is missing; download it'),
+    (lambda r: (r/'img_align_celeba.zip').unlink(), r'no img_align_celeba\.zip and no folder img_align_celeba with images; download'),
+    (lambda r: (r/'img_align_celeba.zip').write_text('  <!DOCTYPE html><title>Quota exceeded'), r'img_align_celeba\.zip: this is a web page \(HTML\), not data\. Google Drive.*quota.*delete it'),
+    (lambda r: (r/'img_align_celeba.zip').write_bytes((r/'img_align_celeba.zip').read_bytes()[:5000]), r'img_align_celeba\.zip: not a complete zip \(5,000 bytes\).*fetch it again'),
+    (lambda r: (r/'list_attr_celeba.txt').write_text('<html>quota'), r'list_attr_celeba\.txt: this is a web page'),
+    (lambda r: edit(r/'list_attr_celeba.txt', lambda t: t[:200]), r'list_attr_celeba\.txt: (line \d+ does not hold|\d+ lines, but its first line says 24)'),
+    (lambda r: edit(r/'list_attr_celeba.txt', lambda t: t[:t.rindex('000024')]), r'list_attr_celeba\.txt: 23 lines, but its first line says 24; the download was cut short'),
+    (lambda r: edit(r/'list_attr_celeba.txt', lambda t: t + t.splitlines()[2] + '\n'), r'list_attr_celeba\.txt: 000001\.jpg is given twice'),
+    (lambda r: edit(r/'list_attr_celeba.txt', lambda t: 'hello\n'), r'list_attr_celeba\.txt: not a CelebA attribute file'),
+    (lambda r: edit(r/'list_attr_celeba.txt', lambda t: t.replace('000003.jpg', '999999.jpg')), r'list_attr_celeba\.txt: 1 of the 12 images of partition 0 are missing: 000003\.jpg'),
+    (lambda r: edit(r/'list_eval_partition.txt', lambda t: t + '000001.jpg 2\n'), r'list_eval_partition\.txt: 000001\.jpg is given twice \(line 25\)'),
+    (lambda r: edit(r/'list_eval_partition.txt', lambda t: t + 'oops\n'), r"list_eval_partition\.txt: line 25 is 'oops', expected"),
+    (lambda r: edit(r/'list_eval_partition.txt', lambda t: t.replace(' 0\n', ' 1\n')), r'no image belongs to partition 0'),
+    (lambda r: edit(r/'list_eval_partition.txt', lambda t: t + '000025.jpg 0\n000026.jpg 0\n'), r'img_align_celeba\.zip: 2 of the 14 images of partition 0 are missing: 000025\.jpg, 000026\.jpg'),
+    (lambda r: edit(r/'identity_CelebA.txt', lambda t: t.replace('000002.jpg 0\n', '')), r'identity_CelebA\.txt: 1 of the 12 images of partition 0 are missing: 000002\.jpg'),
+    (lambda r: edit(r/'list_attr_celeba.txt', lambda t: t.replace('jpg -1', 'jpg  1')), r'all images of partition 0 have the same value of Male'),
+])
+def test_broken_celeba(mini_celeba, breakage, message):
+    breakage(mini_celeba)
+    with pytest.raises(UserError, match=message): celeba(mini_celeba)
+
+
+def test_celeba_bad_arguments(mini_celeba, tmp_path):
+    with pytest.raises(UserError, match=r"no attribute 'Smile'; did you mean Smiling"): celeba(mini_celeba, attribute='Smile')
+    with pytest.raises(UserError, match=r"partition 'dev' is none of 'train', 'valid', 'test'"): celeba(mini_celeba, 'dev')
+    with pytest.raises(UserError, match=r'nowhere: no such folder'): celeba(tmp_path/'nowhere')
+
+
+def test_celeba_drops_images_that_are_in_no_list(mini_celeba):
+    with zipfile.ZipFile(mini_celeba/'img_align_celeba.zip', 'a') as z: z.writestr('img_align_celeba/900000.jpg', b'x')
+    assert len(celeba(mini_celeba)) == 12
+
+
+def test_truncated_image_and_bad_checksum_inside_a_zip(tmp_path):
+    root = write_celeba(tmp_path/'c')
+    with zipfile.ZipFile(root/'img_align_celeba.zip', 'w') as z:
+        for nm in celeba_rows():
+            b = encoded(picture(int(nm[:6]), (178, 218)))
+            z.writestr(f'img_align_celeba/{nm}', b[:400] if nm == '000002.jpg' else b)
+    s = celeba(root)
+    s.tensor(['000001.jpg'], 8)
+    with pytest.raises(UserError, match=r'img_align_celeba\.zip:img_align_celeba/000002\.jpg: the image is'): s.tensor(size=8)
+    raw = bytearray((root/'img_align_celeba.zip').read_bytes())
+    at = raw.index(b'000003.jpg') + 300
+    raw[at] ^= 255
+    (root/'img_align_celeba.zip').write_bytes(raw)
+    with pytest.raises(UserError, match=r'000003\.jpg: cannot be read \(Bad CRC'): celeba(root).tensor(['000003.jpg'], 8)
+
+
+# ---- FS2K -------------------------------------------------------------------------------------------------------------------
+
+def write_fs2k(root, zipped):
+    rows = []
+    sizes = {1: (250, 250), 2: (180, 256), 3: (256, 183)}
+    with zipfile.ZipFile(root/'fs2k_256.zip', 'w') as z:
+        for k in range(12):
+            st = k % 3 + 1
+            r = dict(photo=f'photo/photo{st}/image{k:04d}.jpg', sketch=f'sketch/sketch{st}/sketch{k:04d}.jpg', gender=['female', 'male'][k // 3 % 2], style=st - 1, split='train' if k < 6 else 'test')
+            for kind in ('photo', 'sketch'): z.writestr(r[kind], encoded(picture(k + (100 if kind == 'sketch' else 0), sizes[st])))
+            rows.append(r)
+    (root/'annotations.json').write_text(json.dumps(rows[::-1]))
+    if not zipped:
+        zipfile.ZipFile(root/'fs2k_256.zip').extractall(root)
+        (root/'fs2k_256.zip').unlink()
+    return root
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+def test_fs2k(tmp_path, zipped):
+    root = write_fs2k(tmp_path, zipped)
+    sketch, photo = fs2k(root), fs2k(root, kind='photo', labelled=True)
+    assert sketch.labels is None and photo.classes == ['female', 'male']
+    assert sketch.ids == photo.ids == ['1/0000', '1/0003', '2/0001', '2/0004', '3/0002', '3/0005'] and sketch.files['2/0001'] == 'sketch/sketch2/sketch0001.jpg'
+    assert photo.labels_of(['1/0000', '1/0003']).tolist() == [0, 1]
+    assert photo.tensor(size=16).shape == (6, 3, 16, 16) and all(len(set(photo.pil(i).size)) == 1 for i in photo.ids)
+    check_splits(sketch, fs2k(root, 'test'))
+    with pytest.raises(UserError, match=r'fs2k-sketch-train and fs2k-photo-train share images of the same person \(6\)'): check_splits(sketch, photo)
+
+
+def test_fs2k_errors(tmp_path):
+    with pytest.raises(UserError, match=r'annotations\.json is missing'): fs2k(tmp_path)
+    root = write_fs2k(tmp_path, True)
+    with pytest.raises(UserError, match=r"split 'valid' is none of 'train', 'test'"): fs2k(root, 'valid')
+    with pytest.raises(UserError, match=r"kind 'drawing' is none of"): fs2k(root, kind='drawing')
+    with zipfile.ZipFile(root/'fs2k_256.zip', 'w') as z: z.writestr('sketch/sketch1/sketch0000.jpg', b'x')
+    with pytest.raises(UserError, match=r'fs2k_256\.zip: 5 images are missing: sketch/'): fs2k(root)
+    (root/'fs2k_256.zip').unlink()
+    with pytest.raises(UserError, match=r'neither a folder sketch/ nor a zip of images'): fs2k(root)
+
+
+# ---- splits -----------------------------------------------------------------------------------------------------------------
+
+def test_check_splits(mini_celeba, photos, tmp_path):
+    train, valid, test = (celeba(mini_celeba, p) for p in ('train', 'valid', 'test'))
+    check_splits(train, valid, test)
+    check_splits(train)
+    with pytest.raises(UserError, match=r'celeba-train and other share the same images \(1\): 000001\.jpg and 000001\.jpg'): check_splits(valid, train, train.subset(['000001.jpg'], 'other'))
+    with pytest.raises(UserError, match=r'a and b share images of the same person \(1\): 000001\.jpg and 000002\.jpg'):
+        check_splits(train.subset(['000001.jpg'], 'a'), train.subset(['000002.jpg'], 'b'))
+    a = image_folder(photos)
+    other = tmp_path/'other'
+    other.mkdir()
+    (other/'0.png').write_bytes(encoded(picture(50), 'PNG'))
+    check_splits(a, image_folder(other))                                    # the same id of another folder is another image
+    (other/'copy.png').write_bytes((photos/'3.png').read_bytes())
+    with pytest.raises(UserError, match=r'photos and other share byte-identical images \(1\): 3\.png and copy\.png'): check_splits(a, image_folder(other))
+    check_splits(a, image_folder(other), content=False)
+
+
+def test_labelled_split(mini_celeba):
+    s = celeba(mini_celeba)
+    a, b = labelled_split(s, 5, seed=0), labelled_split(s, 9, seed=0)
+    assert b.ids[:5] == a.ids and set(a.labels.values()) == {0, 1}
+    shuffled = s.subset(s.ids[::-1])
+    assert labelled_split(shuffled, 5, seed=0).ids == a.ids                 # the order of iteration is of no account
+    assert any(labelled_split(s, 5, seed=k).ids != a.ids for k in range(1, 4))
+    for n in (4, 6, 7):
+        c = list(labelled_split(s, n, seed=1, balanced=True).counts().values())
+        assert sum(c) == n and abs(c[0] - c[1]) <= 1
+    assert a.name == 'celeba-train-5-seed0' and a.identity is not None
+
+
+def test_labelled_split_errors(mini_celeba):
+    s = celeba(mini_celeba)
+    for n in (0, 1, 13):
+        with pytest.raises(UserError, match=rf'cannot draw {n} of 12 images; n must lie in 2 ... 12'): labelled_split(s, n, 0)
+    few = s.subset([i for i in s.ids if s.labels[i]] + [i for i in s.ids if not s.labels[i]][:1])
+    with pytest.raises(UserError, match=r'too few images of female \(1\) for 6 in equal parts'): labelled_split(few, 6, 0, balanced=True)
+    seed = next(k for k in range(50) if all(few.labels[i] for i in [sorted(few.ids)[j] for j in torch.randperm(7, generator=torch.Generator().manual_seed(k))[:2]]))
+    with pytest.raises(UserError, match=r'the 2 images drawn are all of one class; raise n or set balanced=True'): labelled_split(few, 2, seed)
+    with pytest.raises(UserError, match='has no labels'): labelled_split(celeba(mini_celeba, attribute=None), 4, 0)
+
+
+# ---- shipped faces ----------------------------------------------------------------------------------------------------------
+
+def write_faces(root, labels=('female', 'male'), **card):
+    (root/'faces').mkdir()
+    with zipfile.ZipFile(root/'faces'/'faces.zip', 'w') as z:
+        for k in range(8): z.writestr(f'{k:05d}.png', encoded(picture(k), 'PNG'))
+    (root/'faces'/'labels.csv').write_text('id,label,split\n' + ''.join(f'{k:05d},{labels[k % 2]},{("train", "train", "valid", "test")[k // 2]}\n' for k in range(8)))
+    files = {n: sha256_bytes((root/'faces'/n).read_bytes()) for n in ('faces.zip', 'labels.csv')}
+    write_json(root/'faces'/'card.json', dict(files=files, **card))
+
+
+@pytest.mark.parametrize('labels', [('female', 'male'), ('0', '1')])
+def test_shipped_faces(tmp_path, monkeypatch, labels):
+    write_faces(tmp_path, labels)
+    monkeypatch.setenv('DIFFCLIP_ASSETS', str(tmp_path))
+    s = shipped_faces('train')
+    assert s.ids == ['00000', '00001', '00002', '00003'] and s.classes == ['female', 'male'] and s.labels_of().tolist() == [0, 1, 0, 1]
+    assert len(shipped_faces(None)) == 8 and shipped_faces('test').tensor(size=64).shape == (2, 3, 64, 64)
+    check_splits(*(shipped_faces(p) for p in ('train', 'valid', 'test')))
+    with pytest.raises(UserError, match=r"split 'dev' is none of train, valid, test"): shipped_faces('dev')
+
+
+def test_shipped_faces_damaged(tmp_path, monkeypatch):
+    monkeypatch.setenv('DIFFCLIP_ASSETS', str(tmp_path))
+    with pytest.raises(UserError, match="no shipped asset 'faces'"): shipped_faces()
+    write_faces(tmp_path)
+    (tmp_path/'faces'/'labels.csv').write_text('id,label,split\n')
+    with pytest.raises(UserError, match=r'labels\.csv: SHA-256 is'): shipped_faces()
+
+
+def test_store_names_what_it_cannot_read(photos):
+    s = image_folder(photos)
+    (photos/'0.png').unlink()
+    with pytest.raises(UserError, match=r'photos/0\.png: cannot be read .*fetch it again'): s.tensor(['0.png'], 8)
+    with pytest.raises(UserError, match='cannot be read'): Store(photos).read('nothing.png')

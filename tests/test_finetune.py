@@ -1,0 +1,209 @@
+"Fine-tuning: gradients, resume, divergence, bad input; tiny random networks."
+import copy, json
+from dataclasses import replace
+
+import open_clip
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import diffclip_da.finetune as F
+from diffclip_da.clip import load_clip
+from diffclip_da.core import UserError, new_generator, state_hash
+from diffclip_da.ddim import ddim_step, step_pairs
+from diffclip_da.finetune import (DivergedError, FinetuneConfig, FinetuneLoss, accumulate_gradients, cached_latents, compute_latents, finetune,
+                                  reverse_path, tune)
+from diffclip_da.forward import predict_x0
+from diffclip_da.reverse import GaussianDenoiser
+from diffclip_da.schedule import linear_schedule
+from diffclip_da.unet import tiny_unet
+
+schedule = linear_schedule()
+cfg = FinetuneConfig(t0=400, n_inv=3, n_gen=2, n_images=4, passes=3, batch_size=2, lr=1e-4, lr_growth=1.1, n_crops=1)
+
+
+def clip_folder(folder):
+    "A random CLIP of open_clip's local layout, small enough for tests."
+    model_cfg = dict(embed_dim=8, vision_cfg=dict(image_size=16, patch_size=8, width=16, layers=1, head_width=8),
+                     text_cfg=dict(context_length=32, vocab_size=49408, width=8, heads=1, layers=1))
+    folder.mkdir(parents=True)
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**model_cfg)
+    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder/'open_clip_model.safetensors')
+    (folder/'open_clip_config.json').write_text(json.dumps(dict(model_cfg=model_cfg, preprocess_cfg={})))
+    return folder
+
+
+@pytest.fixture(scope='module')
+def clip(tmp_path_factory): return load_clip(str(clip_folder(tmp_path_factory.mktemp('clip')/'tiny')))
+
+class Net(torch.nn.Module):
+    "The cheapest network that predicts something like noise; the real U-Net stands in where its graph matters."
+    def __init__(self, seed=0):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 3, 3, padding=1)
+        g = new_generator(seed)
+        with torch.no_grad():
+            for p in self.parameters(): p.copy_(torch.randn(p.shape, generator=g) * .2)
+        self.info = dict(name='net', sha256=None, provenance='random')
+    def forward(self, x, t): return .3 * torch.tanh(self.conv(x)) * (1 + t / 1000)
+
+@pytest.fixture(scope='module')
+def unet(): return Net()
+
+@pytest.fixture(scope='module')
+def x0(): return torch.rand(6, 3, 16, 16, generator=new_generator(0)) * 2 - 1
+
+class Face(torch.nn.Module):
+    info = dict(name='face', sha256=None, provenance='random')
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.net = torch.nn.Linear(3 * 16 * 16, 8)
+    def embed(self, x): return torch.nn.functional.normalize(self.net(x.flatten(1)), dim=1)
+
+def grads(model): return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(t0=0), 't0 = 0'), (dict(t0=1000), '999'), (dict(n_gen=0), 'n_gen = 0'), (dict(n_inv=401), 'lower n_inv or raise t0'),
+    (dict(target='  '), 'target is empty'), (dict(source=''), 'source is empty'), (dict(target='photo'), 'no direction'),
+    (dict(batch_size=0), 'batch_size = 0'), (dict(passes=0), 'passes = 0'), (dict(n_images=7), 'only 6 images'), (dict(lr=0.), 'lr = 0'),
+    (dict(clip_weight=-1.), 'none may be negative'), (dict(clip_weight=0., l1_weight=0.), 'one must be above 0'), (dict(grad='half'), "choose full"),
+])
+def test_bad_config_is_refused(change, words, unet, x0, clip):
+    with pytest.raises(UserError, match=words): finetune(unet, x0, clip, None, schedule, replace(cfg, **change))
+
+def test_missing_guides_are_named(unet, x0, clip):
+    with pytest.raises(UserError, match='clip_weight'): finetune(unet, x0, None, None, schedule, cfg)
+    with pytest.raises(UserError, match='id_weight'): finetune(unet, x0, clip, None, schedule, replace(cfg, id_weight=1.))
+
+
+def test_full_and_checkpointed_gradients_agree(x0, clip):
+    unet = tiny_unet(16)
+    latents, pairs, got = compute_latents(unet, x0, step_pairs(400, 3), schedule), step_pairs(400, 3), {}
+    for grad in ('full', 'checkpoint', 'step'):
+        model, loss, g = copy.deepcopy(unet).requires_grad_(True), FinetuneLoss(clip, Face(), replace(cfg, id_weight=.5)), new_generator(0)
+        terms = accumulate_gradients(model, latents, pairs, schedule, lambda x: loss(x, x0, g), grad)
+        assert set(terms) == {'total', 'clip', 'l1', 'id'} and not any(v.requires_grad for v in terms.values())
+        got[grad] = grads(model), terms['total']
+    scale = got['full'][0].abs().max()
+    assert (got['full'][0] - got['checkpoint'][0]).abs().max() < 1e-6 * scale
+    assert torch.equal(got['full'][1], got['checkpoint'][1])
+    assert (got['full'][0] - got['step'][0]).abs().max() > 1e-2 * scale   # another objective, as documented
+
+def test_step_gradient_is_what_it_says(unet, x0):
+    z, pairs = torch.randn(2, 3, 16, 16, generator=new_generator(3)), step_pairs(300, 3)
+    model = copy.deepcopy(unet).double().requires_grad_(True)
+    def loss(x): return dict(total=(x - .1).square().mean())
+    accumulate_gradients(model, z.double(), pairs, schedule, loss, 'step')
+    reference, total, x = copy.deepcopy(unet).double().requires_grad_(True), 0, z.double()
+    for t, t_prev in pairs:
+        eps = reference(x, t)
+        total = total + (predict_x0(x, t, eps, schedule) - .1).square().mean() / 3
+        x = ddim_step(x, t, t_prev, eps, schedule).detach()
+    total.backward()
+    assert torch.allclose(grads(model), grads(reference), rtol=1e-9, atol=1e-15)
+
+def test_reverse_path_is_the_sampler(unet):
+    from diffclip_da.ddim import sample
+    z = torch.randn(2, 3, 16, 16, generator=new_generator(3))
+    with torch.no_grad(): assert torch.equal(reverse_path(unet, z, step_pairs(400, 4), schedule), sample(unet, z, step_pairs(400, 4), schedule))
+
+
+def test_pretrained_is_left_alone_and_history_is_complete(unet, x0, clip):
+    before = state_hash(unet)
+    tuned, history = finetune(unet, x0, clip, Face(), schedule, replace(cfg, id_weight=.3, batch_size=3))
+    assert state_hash(unet) == before != state_hash(tuned)
+    assert list(history.columns) == ['pass', 'step', 'total', 'clip', 'l1', 'id', 'grad_norm', 'lr', 'seconds']
+    assert list(history['pass']) == [0, 0, 1, 1, 2, 2] and list(history.step) == list(range(6))
+    assert history.lr.tolist() == pytest.approx([1e-4, 1e-4, 1.1e-4, 1.1e-4, 1.21e-4, 1.21e-4])
+    assert (history['total'] - (3 * history['clip'] + .3 * history['l1'] + .3 * history['id'])).abs().max() < 1e-5
+    assert not tuned.training and not any(p.requires_grad for p in tuned.parameters()) and tuned.info['tuned_to'] == 'sketch'
+    assert all(p.grad is None for p in clip.parameters())
+
+def test_batch_of_one_image(unet, x0, clip):
+    tuned, history = finetune(unet, x0[:1], clip, None, schedule, replace(cfg, n_images=1, batch_size=1, passes=1, grad='checkpoint'))
+    assert len(history) == 1 and state_hash(tuned) != state_hash(unet)
+
+def test_tuning_moves_the_picture(unet, x0):
+    latents = compute_latents(unet, x0, step_pairs(400, 3), schedule)
+    _, history = tune(unet, latents, x0, lambda x, ref, g: dict(total=(x.mean() + .5).square()), schedule, replace(cfg, passes=8, lr=1e-2, lr_growth=1.))
+    assert history.total.iloc[-2:].mean() < .5 * history.total.iloc[:2].mean()
+
+
+def test_toy_finds_the_closed_form():
+    def gaussian(m): return GaussianDenoiser(torch.nn.Parameter(torch.tensor(m, dtype=torch.float64)), .2, schedule)
+    data, pairs = torch.zeros(50, 1, 1, 1, dtype=torch.float64), step_pairs(500, 6)
+    z = compute_latents(gaussian(0.), data, step_pairs(500, 20), schedule).double()
+    tuned, _ = tune(gaussian(0.), z, data, lambda x, ref, g: dict(total=(x.mean() - 1)**2), schedule,
+                    FinetuneConfig(passes=150, batch_size=50, lr=.03, n_images=50))
+    with torch.no_grad(): a, b = (reverse_path(gaussian(m), z, pairs, schedule).mean().item() for m in (0., 1.))
+    assert tuned.mean.item() == pytest.approx((1 - a) / (b - a), abs=5e-3)
+
+
+class Stop(BaseException): pass
+
+def interrupt_after(monkeypatch, n):
+    "The n-th gradient from now on raises, as a kill or Ctrl-C in the middle of a pass would."
+    calls, real = [], F.accumulate_gradients
+    def wrapped(*a, **k):
+        calls.append(1)
+        if len(calls) == n: raise Stop
+        return real(*a, **k)
+    monkeypatch.setattr(F, 'accumulate_gradients', wrapped)
+
+@pytest.mark.parametrize('n', [1, 4, 6])
+def test_interrupted_and_resumed_is_bitwise_the_same(n, tmp_path, monkeypatch, unet, x0, clip):
+    straight, h0 = finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'a')
+    with monkeypatch.context() as m:
+        interrupt_after(m, n)
+        with pytest.raises(Stop): finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'b')
+    resumed, h1 = finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'b')
+    assert state_hash(straight) == state_hash(resumed)
+    assert h0.drop(columns='seconds').equals(h1.drop(columns='seconds'))
+    again, h2 = finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'b')   # finished: only read
+    assert state_hash(again) == state_hash(straight) and h2.equals(h1)
+
+def test_more_passes_continue_fewer_are_refused(tmp_path, unet, x0, clip):
+    straight, _ = finetune(unet, x0, clip, None, schedule, cfg)
+    finetune(unet, x0, clip, None, schedule, replace(cfg, passes=1), out=tmp_path)
+    longer, _ = finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path)
+    assert state_hash(longer) == state_hash(straight)
+    with pytest.raises(UserError, match='already holds 3 passes'): finetune(unet, x0, clip, None, schedule, replace(cfg, passes=2), out=tmp_path)
+
+def test_foreign_or_broken_checkpoint_is_refused(tmp_path, unet, x0, clip):
+    one = replace(cfg, passes=1)
+    finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
+    for change in (dict(target='painting'), dict(lr=2e-4), dict(seed=1)):
+        with pytest.raises(UserError, match='another run'): finetune(unet, x0, clip, None, schedule, replace(one, **change), out=tmp_path)
+    with pytest.raises(UserError, match='another run'): finetune(Net(5), x0, clip, None, schedule, one, out=tmp_path)
+    with pytest.raises(UserError, match='another run'): finetune(unet, x0.flip(0), clip, None, schedule, one, out=tmp_path)
+    whole = (tmp_path/'checkpoint.pt').read_bytes()
+    (tmp_path/'checkpoint.pt').write_bytes(whole[:len(whole)//2])
+    with pytest.raises(UserError, match='checkpoint.pt is not a readable checkpoint'): finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
+
+def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, unet, x0, clip):
+    wild = replace(cfg, lr_growth=1e30)
+    with pytest.raises(DivergedError) as e: finetune(unet, x0, clip, None, schedule, wild, out=tmp_path)
+    text = str(e.value)
+    assert isinstance(e.value, FloatingPointError) and isinstance(e.value, UserError)
+    assert 'step 3 of pass 1' in text and 'Lower lr' in text and 'total = ' in text and 'clip = ' in text and str(tmp_path/'checkpoint.pt') in text
+    kept, history = finetune(unet, x0, clip, None, schedule, replace(wild, passes=1), out=tmp_path)
+    assert len(history) == 2 and all(p.isfinite().all() for p in kept.parameters())
+    with pytest.raises(DivergedError, match='no pass was finished'):
+        finetune(unet, x0, clip, None, schedule, replace(cfg, lr=1e30), out=tmp_path/'other')
+
+
+def test_stale_or_broken_latents_are_made_anew(tmp_path):
+    path, calls = tmp_path/'l.safetensors', []
+    def make(): calls.append(1); return torch.full((2, 1), float(len(calls)))
+    assert cached_latents(path, 'a', make)[0] == 1 and cached_latents(path, 'a', make)[0] == 1
+    assert cached_latents(path, 'b', make)[0] == 2
+    path.write_bytes(path.read_bytes()[:20])
+    assert cached_latents(path, 'b', make)[0] == 3 and len(calls) == 3
+
+def test_latents_do_not_depend_on_the_batch(unet, x0):
+    pairs = step_pairs(400, 3)
+    a, b = (compute_latents(unet, x0, pairs, schedule, batch_size=n) for n in (1, 6))
+    assert a.shape == x0.shape and a.dtype == torch.float32 and (a - b).abs().max() < 1e-5

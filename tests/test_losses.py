@@ -1,0 +1,144 @@
+"""Losses: the closed forms, the degenerate pair, the shared views, and what bad input says."""
+import open_clip
+import pytest
+import torch
+from torch.nn import functional as F
+
+from diffclip_da.clip import Clip, ClipEnsemble
+from diffclip_da.core import UserError, new_generator
+from diffclip_da.losses import (augment, cosine_loss, diffusionclip_loss, directional_loss, global_loss, l1_loss,
+                                text_direction, view_params)
+
+
+def random_clip(seed, dim):
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(dim, vision_cfg=dict(layers=1, width=32, head_width=16, patch_size=8, image_size=32),
+                           text_cfg=dict(context_length=77, vocab_size=49408, width=16, heads=2, layers=1))
+    model.visual.preprocess_cfg = dict(mean=(.5, .5, .5), std=(.5, .5, .5))
+    return Clip(model, open_clip.get_tokenizer('ViT-B-32'), dict(name=f'random{dim}', sha256='0', provenance='random'))
+
+
+@pytest.fixture(scope='module')
+def clip(): return random_clip(0, 24)
+
+@pytest.fixture(scope='module')
+def pair():
+    g = new_generator(0)
+    return torch.rand(2, 3, 32, 32, generator=g) * 2 - 1, torch.rand(2, 3, 32, 32, generator=g) * 2 - 1
+
+class Mean:
+    "An embedder whose answer is known: mean colour."
+    def embed(self, x): return F.normalize(x.mean((2, 3)) + 2, dim=-1)
+
+
+def test_cosine_loss_closed_form():
+    a, b = torch.tensor([[3., 4.]]), torch.tensor([[4., 3.]])
+    assert cosine_loss(a, b).item() == pytest.approx(1 - 24 / 25, abs=1e-6)
+    assert cosine_loss(a, -a).item() == pytest.approx(2, abs=1e-6)
+    assert cosine_loss(.03 * b, b, eps=.2).item() == pytest.approx(1 - .15 / (.15**2 + .2**2)**.5, abs=1e-5)
+
+
+def test_cosine_gradient_bounded_at_zero():
+    for length in (0., 1e-8, 1e-3, 1.):
+        a = (length * torch.tensor([[1., 2., -1.]])).requires_grad_()
+        cosine_loss(a, torch.tensor([[0., 2., 0.]]), eps=.01).backward()
+        assert torch.isfinite(a.grad).all() and a.grad.norm() <= 1 / .01 + 1e-3
+
+
+def test_direction_is_the_normalised_difference(clip):
+    s, t = clip.encode_text(['photo']), clip.encode_text(['a pencil sketch'])
+    assert torch.allclose(text_direction(clip, 'photo', 'a pencil sketch'), F.normalize(t - s, dim=-1), atol=1e-6)
+    assert torch.allclose(text_direction(clip, 'photo', 'a pencil sketch'), -text_direction(clip, 'a pencil sketch', 'photo'), atol=1e-5)
+    many = text_direction(clip, ['photo', 'photograph'], 'sketch')
+    assert many.shape == (1, 24) and not torch.allclose(many, text_direction(clip, 'photo', 'sketch'), atol=1e-3)
+
+
+def test_directional_loss_by_hand(clip, pair):
+    x, ref = pair
+    dt = text_direction(clip, 'photo', 'sketch')
+    di = clip.encode_image(x) - clip.encode_image(ref)
+    assert directional_loss(clip, x, ref, dt, eps=0.).item() == pytest.approx((1 - F.cosine_similarity(di, dt)).mean().item(), abs=1e-5)
+
+
+def test_ensemble_is_the_mean_of_members(clip, pair):
+    other = random_clip(1, 40)
+    both = ClipEnsemble([clip, other])
+    dt = text_direction(both, 'photo', 'sketch')
+    assert dt.shape == (1, 64)
+    single = [directional_loss(c, *pair, text_direction(c, 'photo', 'sketch')).item() for c in (clip, other)]
+    assert directional_loss(both, *pair, dt).item() == pytest.approx(sum(single) / 2, abs=1e-5)
+    single = [global_loss(c, pair[0], c.encode_text('sketch')).item() for c in (clip, other)]
+    assert global_loss(both, pair[0], both.encode_text('sketch')).item() == pytest.approx(sum(single) / 2, abs=1e-5)
+
+
+@pytest.mark.parametrize('n_crops', [0, 3])
+def test_equal_pictures_give_finite_loss_and_gradient(clip, pair, n_crops):
+    x = pair[0][:1].clone().requires_grad_()
+    total, terms = diffusionclip_loss(x, pair[0][:1], clip, Mean(), text_direction(clip, 'photo', 'sketch'), id_weight=1., n_crops=n_crops, generator=new_generator(0))
+    total.backward()
+    assert terms['clip'].item() == pytest.approx(1, abs=1e-2) and terms['l1'] == 0 and terms['id'].item() == pytest.approx(0, abs=1e-6)
+    assert torch.isfinite(x.grad).all() and x.grad.norm() > 0
+
+
+def test_views_are_shared_and_reproducible(pair):
+    x = pair[0]
+    a, b = augment(x, x, 5, new_generator(3))
+    assert a.shape == (10, 3, 32, 32) and torch.equal(a, b)
+    c, d = augment(*pair, 5, new_generator(3))
+    assert torch.equal(a, c) and not torch.equal(c, d)
+    assert not torch.equal(a[:2], a[2:4])                     # another view of the same two images
+    assert not torch.equal(a, augment(x, x, 5, new_generator(4))[0])
+
+
+def test_no_crops_is_the_identity_and_full_view_too(pair):
+    assert augment(*pair, 0, None)[0] is pair[0]
+    full, _ = augment(*pair, 2, new_generator(0), scale=1., shift=0., noise=0.)
+    assert torch.allclose(full, pair[0].repeat(2, 1, 1, 1), atol=1e-5)
+
+
+def test_views_stay_within_the_shift():
+    theta = view_params(2000, new_generator(0), .7, .1)
+    side, centre = theta[:, 0, 0], theta[:, :, 2].abs()
+    assert side.min() >= .7 and side.max() <= 1 and torch.equal(side, theta[:, 1, 1])
+    assert (centre + side[:, None]).max() <= 1 + 2 * .1 + 1e-6 and (centre + side[:, None]).max() > 1.15
+
+
+def test_augment_is_differentiable(pair):
+    x = pair[0].clone().requires_grad_()
+    augment(x, pair[1], 2, new_generator(0))[0].sum().backward()
+    assert torch.isfinite(x.grad).all() and (x.grad != 0).float().mean() > .5
+
+
+def test_terms_add_up(clip, pair):
+    dt = text_direction(clip, 'photo', 'sketch')
+    total, t = diffusionclip_loss(*pair, clip, Mean(), dt, 3., .3, .7, n_crops=2, generator=new_generator(1))
+    assert total.item() == pytest.approx(3 * t['clip'].item() + .3 * t['l1'].item() + .7 * t['id'].item(), abs=1e-5)
+    assert t['l1'].item() == pytest.approx((pair[0] - pair[1]).abs().mean().item(), abs=1e-6) == l1_loss(*pair).item()
+    assert set(diffusionclip_loss(*pair, clip, None, dt, n_crops=0)[1]) == {'total', 'clip', 'l1'}
+
+
+def test_descends_in_its_own_space(clip, pair):
+    dt, x = text_direction(clip, 'photo', 'sketch'), pair[1].clone().requires_grad_()
+    opt, trace = torch.optim.Adam([x], .02), []
+    for _ in range(10):
+        loss = directional_loss(clip, x, pair[1], dt)
+        opt.zero_grad(); loss.backward(); opt.step(); trace.append(loss.item())
+    assert trace[-1] < .95 * trace[0]
+
+
+@pytest.mark.parametrize('call, text', [
+    (lambda c, p: text_direction(c, 'photo', 'photo'), 'different words'),
+    (lambda c, p: text_direction(c, 'photo', '   '), 'blank'),
+    (lambda c, p: text_direction(c, '', 'sketch'), 'blank'),
+    (lambda c, p: text_direction(c, 'photo', []), 'no prompt'),
+    (lambda c, p: directional_loss(c, p[0], p[1][:1], torch.zeros(1, 24)), 'same shape'),
+    (lambda c, p: directional_loss(c, *p, torch.ones(1, 30)), 'text_direction with the same CLIP'),
+    (lambda c, p: l1_loss(p[0], p[1][:1]), 'same shape'),
+    (lambda c, p: augment(*p, -1, new_generator(0)), 'n_crops = -1'),
+    (lambda c, p: augment(*p, 1, new_generator(0), scale=0), 'scale = 0'),
+    (lambda c, p: diffusionclip_loss(*p, c, None, torch.ones(1, 24)), 'new_generator'),
+    (lambda c, p: diffusionclip_loss(*p, c, None, torch.ones(1, 24), id_weight=1, n_crops=0), 'face embedder'),
+    (lambda c, p: diffusionclip_loss(*p, c, None, torch.ones(1, 24), 0, 0, 0, n_crops=0), 'all loss weights are 0'),
+])
+def test_bad_input(clip, pair, call, text):
+    with pytest.raises(UserError, match=text): call(clip, pair)
