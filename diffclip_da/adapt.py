@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CODE', 'OUT_OF_MEMORY', 'PROVENANCE_IN_WORDS', 'AdaptConfig', 'code_hash', 'describe_run', 'file_names', 'Run',
-           'Batches', 'in_precision', 'Pipeline', 'prefetch', 'processes', 'local_device', 'adapt', 'load_adapted',
-           'check_images', 'check_folders', 'estimate_seconds', 'say_plan', 'contact_sheet', 'write_report',
-           'adapt_folder', 'tune_once', 'adapt_parser', 'main']
+           'claim_folder', 'Batches', 'in_precision', 'Pipeline', 'prefetch', 'processes', 'local_device', 'adapt',
+           'load_adapted', 'check_images', 'check_folders', 'estimate_seconds', 'say_plan', 'contact_sheet',
+           'write_report', 'adapt_folder', 'tune_once', 'adapt_parser', 'main']
 
-# %% ../nbs/13_adapt.ipynb #d2073a82
+# %% ../nbs/13_adapt.ipynb #03b067ac
 import argparse, functools, io, os, re, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 
 import diffclip_da
 from .clip import load_clip
-from .core import (UserError, atomic_write, canonical_hash, default_device, friendly_exit, image_grid, new_generator, progress,
+from .core import (UserError, atomic_write, canonical_hash, default_device, friendly_exit, image_grid, jsonable, new_generator, progress,
                               read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
 from .data import IMAGE_SUFFIXES, ImageSet, Store, image_folder
 from .ddim import invert, sample, step_pairs
@@ -32,7 +32,7 @@ from .identity import load_embedder
 from .schedule import linear_schedule
 from .unet import load_unet
 
-# %% ../nbs/13_adapt.ipynb #06cbf296
+# %% ../nbs/13_adapt.ipynb #9e2a6588
 @dataclass(frozen=True)
 class AdaptConfig:
     "How images are adapted. Everything here is part of the cache key. `validate` checks it."
@@ -63,7 +63,7 @@ def validate(self:AdaptConfig, T:int) -> AdaptConfig:
         need(getattr(self, n) in allowed, f'{n} = {getattr(self, n)!r}: choose {" or ".join(allowed)}')
     return self
 
-# %% ../nbs/13_adapt.ipynb #48a20184
+# %% ../nbs/13_adapt.ipynb #b79b449f
 CODE = 'schedule', 'forward', 'ddim', 'data', 'unet', 'adapt'
 
 @functools.cache
@@ -85,7 +85,7 @@ def describe_run(images:ImageSet, pretrained, finetuned, cfg:AdaptConfig, schedu
     inputs = dict(**same, finetuned=weights_hash(finetuned), labels=labels, config=c)
     return dict(key=canonical_hash(inputs), latents_key=canonical_hash([same, for_latents]), inputs=inputs, sources=sources)
 
-# %% ../nbs/13_adapt.ipynb #31dcd6e3
+# %% ../nbs/13_adapt.ipynb #0a0f9ce3
 def file_names(ids) -> dict: # id -> relative path of its PNG
     "Each id with its image ending replaced by `.png`. Where two would collide (`a.jpg`, `a.png`), all keep their endings: `a.jpg.png`."
     def stem(i): return i[:-len(e)] if (e := PurePosixPath(i).suffix).lower() in IMAGE_SUFFIXES else i
@@ -96,7 +96,7 @@ def file_names(ids) -> dict: # id -> relative path of its PNG
     unique = len({stem(i).lower() for i in ids}) == len(ids)
     return {i: f'{stem(i) if unique else i}.png' for i in ids}
 
-# %% ../nbs/13_adapt.ipynb #b747a921
+# %% ../nbs/13_adapt.ipynb #adf9120e
 class Run:
     "The files of one adaptation."
     def __init__(self, images:ImageSet, what:dict, cfg:AdaptConfig, out, cache=None): # `what` from `describe_run`
@@ -119,24 +119,25 @@ class Run:
             if not p.exists() or sha256_file(p) != row['adapted_sha256']: return None
         return record
 
-# %% ../nbs/13_adapt.ipynb #9a1b4978
+# %% ../nbs/13_adapt.ipynb #793c9f5e
+def claim_folder(path, key:str, inputs:dict, out): # a JSON file in the folder `out`; what the run depends on, and its hash
+    "Write key and inputs to `path`, or compare with the run that has written them; `UserError` says what differs."
+    if not Path(path).exists(): return write_json(path, dict(key=key, inputs=inputs))
+    theirs = read_json(path)
+    if theirs.get('key') == key: return
+    old, new = ({**d, **d.get('config', {})} for d in (theirs.get('inputs') or {}, jsonable(inputs)))
+    differ = [k for k in new if k != 'config' and old.get(k) != new[k]]
+    raise UserError(f'{out} holds the result of another run (different: {", ".join(differ)}); choose another folder, or delete this one')
+
 @patch
 def claim(self:Run):
-    "Write `config.json`, or compare with the one that is there."
+    "Take the folder for this run."
     path = self.out/'config.json'
-    if path.exists():
-        theirs, ours = read_json(path), self.what
-        if theirs.get('key') == ours['key']: return
-        old, new = theirs.get('inputs') or {}, ours['inputs']
-        flat = lambda d: {**d, **d.get('config', {})}
-        old, new = flat(old), flat(new)
-        differ = [k for k in new if k != 'config' and old.get(k) != new[k]]
-        raise UserError(f'{self.out} holds the result of another run (different: {", ".join(differ)}); choose another folder, or delete this one')
     taken = [f for f in self.files.values() if (self.out/f).exists()]
-    if taken: raise UserError(f'{self.out} has {taken[0]} but no config.json, so it is not the result of a run; choose another folder')
-    write_json(path, {k: v for k, v in self.what.items() if k != 'sources'})
+    if taken and not path.exists(): raise UserError(f'{self.out} has {taken[0]} but no config.json, so it is not the result of a run; choose another folder')
+    claim_folder(path, self.what['key'], self.what['inputs'], self.out)
 
-# %% ../nbs/13_adapt.ipynb #d8026244
+# %% ../nbs/13_adapt.ipynb #06c5d7f9
 @patch
 def save_shard(self:Run, k:int, x, batch_size:int): # [n, 3, size, size] in [-1, 1], in the shard's order
     "Write the pictures of shard `k`, then its record."
@@ -166,7 +167,7 @@ def sweep(self:Run):
         for p in folder.rglob('*.tmp') if folder.exists() else (): p.unlink(missing_ok=True)
     for p in self.out.glob('*.*.tmp'): p.unlink(missing_ok=True)
 
-# %% ../nbs/13_adapt.ipynb #65fa84cc
+# %% ../nbs/13_adapt.ipynb #80a8738f
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory", re.I)
 
 class Batches:
@@ -190,7 +191,7 @@ class Batches:
             if y is not None: out.append(y); i += len(y)
         return torch.cat(out)
 
-# %% ../nbs/13_adapt.ipynb #2f821e21
+# %% ../nbs/13_adapt.ipynb #b58f91ea
 def in_precision(model, dtype:str):
     "`model` under autocast, its noise in float32 again."
     if dtype == 'float32': return model
@@ -218,7 +219,7 @@ class Pipeline:
             return sample(self.generator, z.to(self.device), pairs, self.schedule, eta=c.eta, generator=g).cpu()
         return self.batches(one, latents)
 
-# %% ../nbs/13_adapt.ipynb #2c15f25b
+# %% ../nbs/13_adapt.ipynb #27bf2737
 def prefetch(load, items):
     "Yield `(item, load(item))`; the next one is loaded in a thread meanwhile."
     items = list(items)
@@ -229,7 +230,7 @@ def prefetch(load, items):
             ahead = pool.submit(load, items[i + 1]) if i + 1 < len(items) else None
             yield item, now
 
-# %% ../nbs/13_adapt.ipynb #c69cd41d
+# %% ../nbs/13_adapt.ipynb #2e1e6d76
 def processes() -> tuple: # (rank, number of processes, a function that waits for all)
     "This process's place among those that `accelerate launch` or `torchrun` started; (0, 1, no wait) when it is alone."
     if int(os.environ.get('WORLD_SIZE', 1)) < 2: return 0, 1, lambda: None
@@ -245,7 +246,7 @@ def local_device(name=None) -> torch.device: # 'cpu', 'cuda', 'cuda:1', 'mps'; N
     d = default_device()
     return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()) if d.type == 'cuda' else d
 
-# %% ../nbs/13_adapt.ipynb #bde812b0
+# %% ../nbs/13_adapt.ipynb #8902dbee
 def adapt(images:ImageSet, pretrained, finetuned, # what to adapt; the U-Net that inverts, the one that generates
           cfg:AdaptConfig, schedule, out,         # folder of the result, see above
           cache=None,  # folder of latents to share between prompts; default out/latents
@@ -272,7 +273,7 @@ def adapt(images:ImageSet, pretrained, finetuned, # what to adapt; the U-Net tha
     if rank == 0: run.sweep()
     return load_adapted(out, images)
 
-# %% ../nbs/13_adapt.ipynb #f62bddfc
+# %% ../nbs/13_adapt.ipynb #822e6e75
 def load_adapted(out, images:ImageSet) -> ImageSet: # folder of a finished run; the images that it was made from
     "The adapted images with the ids, labels and people of their sources."
     path = Path(out)/'manifest.csv'
@@ -280,7 +281,7 @@ def load_adapted(out, images:ImageSet) -> ImageSet: # folder of a finished run; 
     file = pd.read_csv(path, dtype=str, keep_default_na=False).set_index('id').file
     return ImageSet(f'{images.name}-adapted', Store(out), {i: file[i] for i in images.ids}, images.labels, images.classes, None, images.identity)
 
-# %% ../nbs/13_adapt.ipynb #bd772080
+# %% ../nbs/13_adapt.ipynb #ebf665e2
 def check_images(images:ImageSet, skip_bad=False) -> tuple: # (the images that can be read, ids of those that cannot)
     "Decode every image once. `UserError` names the first broken one, unless `skip_bad`."
     bad = {}
@@ -297,13 +298,13 @@ def check_images(images:ImageSet, skip_bad=False) -> tuple: # (the images that c
 def check_folders(folder, out):
     "The result must lie outside the folder of photos, in a new folder or in one of an earlier run."
     folder, out = Path(folder).resolve(), Path(out).resolve()
-    if not folder.is_dir(): raise UserError(f'{folder} is not a folder of images')
+    if not folder.is_dir() and folder.suffix.lower() != '.zip': raise UserError(f'{folder} is not a folder of images')
     if out == folder or folder in out.parents: raise UserError(f'the result {out} would lie inside the photos {folder}; choose a folder outside it')
     if out.is_file(): raise UserError(f'{out} is a file; choose a folder for the result')
     if out.is_dir() and any(out.iterdir()) and not (out/'.diffclip').is_dir():
         raise UserError(f'{out} is not empty and not the result of an earlier run; choose a new folder')
 
-# %% ../nbs/13_adapt.ipynb #fe301429
+# %% ../nbs/13_adapt.ipynb #9cb79d42
 @torch.inference_mode()
 def estimate_seconds(model, ft:FinetuneConfig, ad:AdaptConfig, n:int) -> float: # `n` images
     "A guess of the total time from one measured evaluation per batch; CLIP is not counted."
@@ -326,7 +327,7 @@ def say_plan(images, bad, ft:FinetuneConfig, ad:AdaptConfig, models:dict, second
 
 PROVENANCE_IN_WORDS = dict(shipped='small stand-in, shipped with diffclip_da', published='published or your own weights', random='RANDOM weights: for tests only')
 
-# %% ../nbs/13_adapt.ipynb #fbf50c6f
+# %% ../nbs/13_adapt.ipynb #c76b035c
 def contact_sheet(before:ImageSet, after:ImageSet, path, size:int, n=12):
     "The first `n` images, each pair one column: before above after; rows of six."
     ids, blocks = before.ids[:n], []
@@ -351,7 +352,7 @@ def write_report(out, images, adapted, bad, ft, ad, models, key, history):
         models=models, finetune=ft, adapt=ad, key=key, versions=versions(),
         last_pass={k: float(v) for k, v in last.items() if k not in ('pass', 'step', 'seconds', 'lr')}))
 
-# %% ../nbs/13_adapt.ipynb #d728a9d0
+# %% ../nbs/13_adapt.ipynb #9ad22cb7
 def adapt_folder(folder, target:str, out, source='photo', # photos; words for the wanted domain; result; words for the photos' domain
                  labels_csv=None,          # CSV of labels, see `image_folder`
                  size=None,                # pixels; default: the U-Net's own size
@@ -369,9 +370,10 @@ def adapt_folder(folder, target:str, out, source='photo', # photos; words for th
     schedule, model = linear_schedule(), load_unet(unet, device)
     ad = AdaptConfig(t0=t0, n_inv=n_inv, n_gen=n_gen, inversion=ft.inversion, n_iter=ft.n_iter, size=size or model.image_size, batch_size=batch_size, seed=seed)
     ft.validate(schedule.T, len(images)); ad.validate(schedule.T)
-    guide, face = load_clip(clip, device=device), load_embedder(embedder) if ft.id_weight else None
+    guide, face = load_clip(clip.split(',') if ',' in clip else clip, device=device), load_embedder(embedder) if ft.id_weight else None
     models = {k: getattr(m, 'info', None) for k, m in dict(unet=model, clip=guide, identity=face).items()}
-    (out/'.diffclip').mkdir(parents=True, exist_ok=True)
+    inputs = dict(asdict(ft), **{f'adapt {k}': v for k, v in asdict(ad).items()}, **models, images=canonical_hash([images.image_hash(i) for i in images.ids]))
+    claim_folder(out/'.diffclip'/'job.json', canonical_hash(inputs), inputs, out)   # refused before the fine-tuning, not after it
     if rank == 0: say_plan(images, bad, ft, ad, models, estimate_seconds(model, ft, ad, len(images)), device, out)
     tuned, history = tune_once(images, model, guide, face, schedule, ft, ad.size, out/'.diffclip'/'finetune', rank, wait)
     adapted = adapt(images, model, tuned, ad, schedule, out, cache=out/'.diffclip'/'latents')
@@ -381,7 +383,7 @@ def adapt_folder(folder, target:str, out, source='photo', # photos; words for th
         print(f'done: {len(adapted)} images in {out/"images"}, a look at them in {out/"contact_sheet.png"}')
     return adapted
 
-# %% ../nbs/13_adapt.ipynb #6fefe98d
+# %% ../nbs/13_adapt.ipynb #cc98d7ba
 def tune_once(images, model, clip, embedder, schedule, ft:FinetuneConfig, size, root, rank=0, wait=lambda: None) -> tuple:
     "Fine-tune on a random choice of `ft.n_images` images, or read the finished result; (tuned model, history)."
     g, ids = new_generator(ft.seed), sorted(images.ids)
@@ -393,7 +395,7 @@ def tune_once(images, model, clip, embedder, schedule, ft:FinetuneConfig, size, 
     wait()   # the others read what the first has written
     return finetune(model, x0, clip, embedder, schedule, ft, out=folder)
 
-# %% ../nbs/13_adapt.ipynb #3c010b05
+# %% ../nbs/13_adapt.ipynb #dba3e745
 def adapt_parser() -> argparse.ArgumentParser:
     "The options of `diffclip-adapt`; defaults are those of `adapt_folder`."
     p = argparse.ArgumentParser('diffclip-adapt', description='Turn a folder of photos into another domain that a few words describe. '
@@ -410,7 +412,7 @@ def adapt_parser() -> argparse.ArgumentParser:
         ('device', str, None, 'cpu, cuda, cuda:1, mps (default: the best there is)'), ('lr', float, 6e-5, 'learning rate of fine-tuning'),
         ('clip-weight', float, 3., 'weight of the CLIP loss'), ('l1-weight', float, .3, 'weight of the pixel loss'),
         ('id-weight', float, 0., 'weight of the face identity loss'), ('grad', str, 'full', "'checkpoint' needs less memory"),
-        ('unet', str, 'shipped', 'diffusion weights: shipped, or a folder'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, or an open_clip name'),
+        ('unet', str, 'shipped', 'diffusion weights: shipped, or a folder'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, an open_clip name, or several with commas'),
         ('embedder', str, 'shipped', 'face embedder for --id-weight')): p.add_argument(f'--{name}', type=kind, default=default, help=f'{text} (default: {default})' if default is not None else text)
     p.add_argument('--skip-bad', action='store_true', help='leave out images that cannot be read, and list them in report.json')
     return p

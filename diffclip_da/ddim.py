@@ -7,14 +7,14 @@ __all__ = ['INVERSIONS', 'ddim_sigma', 'ddim_step', 'step_pairs', 'check_pairs',
            'invert_step_ddim', 'invert_step_fixed_point', 'invert_step_average', 'invert_step_anderson', 'evaluations',
            'invert', 'reconstruct']
 
-# %% ../nbs/05_ddim.ipynb #72580bfd
+# %% ../nbs/05_ddim.ipynb #7e1947e6
 import torch
 
 from .core import UserError, progress as progress_bar
 from .forward import noise_like, predict_x0
 from .schedule import Schedule, match_like
 
-# %% ../nbs/05_ddim.ipynb #85978946
+# %% ../nbs/05_ddim.ipynb #892a0b7b
 def ddim_sigma(t,       # int or integer tensor [b]: where the step starts
                t_prev,  # same kind, lower: where it ends
                eta,     # 0 deterministic ... 1 DDPM
@@ -28,7 +28,7 @@ def ddim_sigma(t,       # int or integer tensor [b]: where the step starts
         raise UserError(f"eta = {eta} with a step from t = {t} to {t_prev}: fresh noise needs t_prev < t; only eta = 0 runs backwards.")
     return eta * ((1 - ab_prev) / (1 - ab)).sqrt() * (1 - ab / ab_prev).sqrt()
 
-# %% ../nbs/05_ddim.ipynb #98479b47
+# %% ../nbs/05_ddim.ipynb #29e1ad2a
 def ddim_step(x_t,     # images at time t, [b, c, h, w] (any shape works)
               t,       # int or integer tensor [b], -1 (clean) to T - 1
               t_prev,  # where to go: lower denoises; higher (eta = 0 only) inverts
@@ -46,7 +46,7 @@ def ddim_step(x_t,     # images at time t, [b, c, h, w] (any shape works)
     if noise is None: raise UserError(f"eta = {eta} needs noise: pass noise= to ddim_step, or generator= to sample.")
     return x + match_like(sigma, x_t) * noise
 
-# %% ../nbs/05_ddim.ipynb #a319e36e
+# %% ../nbs/05_ddim.ipynb #9d928b6a
 def step_pairs(t0,  # return step: the noisiest time index, 0 to T - 1
                n,   # number of pairs = model evaluations, 1 to t0 + 1
               ):    # [(t, t_prev), ...] from (t0, .) down to (., -1)
@@ -57,7 +57,7 @@ def step_pairs(t0,  # return step: the noisiest time index, 0 to T - 1
     times = [i * t0 // (n - 1) for i in range(n)] if n > 1 else [t0]
     return list(zip(times[::-1], times[-2::-1] + [-1]))
 
-# %% ../nbs/05_ddim.ipynb #db6e5b67
+# %% ../nbs/05_ddim.ipynb #95466521
 def check_pairs(pairs, schedule:Schedule):
     "`pairs` as a list, or a `UserError` unless they run down without a gap between times of `schedule`."
     pairs = list(pairs)
@@ -68,7 +68,7 @@ def check_pairs(pairs, schedule:Schedule):
         if t_prev != t_next: raise UserError(f"pair ({t}, {t_prev}) is followed by one that starts at {t_next}; each must start where the last one ended.")
     return pairs
 
-# %% ../nbs/05_ddim.ipynb #0f8bc9c9
+# %% ../nbs/05_ddim.ipynb #f149d733
 def sample(eps_model,  # any callable (x_t, t) -> eps, t an int
            x_t,        # images at time pairs[0][0], [b, c, h, w]
            pairs,      # descending, from step_pairs; one model evaluation each
@@ -85,7 +85,7 @@ def sample(eps_model,  # any callable (x_t, t) -> eps, t an int
         x_t = ddim_step(x_t, t, t_prev, eps_model(x_t, t), schedule, eta, noise)
     return x_t
 
-# %% ../nbs/05_ddim.ipynb #eef88d20
+# %% ../nbs/05_ddim.ipynb #fcb757f6
 def gaussian_angle(t,    # int or integer tensor [b], -1 to T - 1
                    std,  # of the data, > 0
                    schedule:Schedule,
@@ -94,7 +94,7 @@ def gaussian_angle(t,    # int or integer tensor [b], -1 to T - 1
     signal, noise = schedule.rates(t)
     return torch.atan2(noise, std * signal)
 
-# %% ../nbs/05_ddim.ipynb #695b376a
+# %% ../nbs/05_ddim.ipynb #796e4944
 def gaussian_flow(x_t, t, t_prev,  # where we are, and where to go (either direction)
                   mean, std,       # of the data
                   schedule:Schedule,
@@ -104,13 +104,13 @@ def gaussian_flow(x_t, t, t_prev,  # where we are, and where to go (either direc
     scale = torch.hypot(std * a_prev, b_prev) / torch.hypot(std * a, b)
     return match_like(a_prev, x_t) * mean + match_like(scale, x_t) * (x_t - match_like(a, x_t) * mean)
 
-# %% ../nbs/05_ddim.ipynb #90a0d6da
+# %% ../nbs/05_ddim.ipynb #8b571306
 def invert_step_ddim(eps_model, x, eps, t, t_prev, schedule, n_iter):
     "Plain DDIM inversion of one pair: x at t_prev -> (x at t, eps). One evaluation."
     eps = eps_model(x, max(t_prev, 0))
     return ddim_step(x, t_prev, t, eps, schedule), eps
 
-# %% ../nbs/05_ddim.ipynb #2288bdec
+# %% ../nbs/05_ddim.ipynb #f0170552
 def invert_step_fixed_point(eps_model, x, eps, t, t_prev, schedule, n_iter):
     "Fixed-point inversion of one pair: x at t_prev -> (x at t, eps). `n_iter` evaluations."
     guess = x if eps is None else ddim_step(x, t_prev, t, eps, schedule)
@@ -119,7 +119,7 @@ def invert_step_fixed_point(eps_model, x, eps, t, t_prev, schedule, n_iter):
         guess = ddim_step(x, t_prev, t, eps, schedule)
     return guess, eps
 
-# %% ../nbs/05_ddim.ipynb #c395c694
+# %% ../nbs/05_ddim.ipynb #9f5c04ef
 def invert_step_average(eps_model, x, eps, t, t_prev, schedule, n_iter):
     "Fixed-point inversion of one pair with the last two eps averaged. `n_iter` evaluations; with one, plain fixed point."
     guess = x if eps is None else ddim_step(x, t_prev, t, eps, schedule)
@@ -129,7 +129,7 @@ def invert_step_average(eps_model, x, eps, t, t_prev, schedule, n_iter):
         guess = ddim_step(x, t_prev, t, mix, schedule)
     return guess, eps
 
-# %% ../nbs/05_ddim.ipynb #77ba40eb
+# %% ../nbs/05_ddim.ipynb #15d10ab3
 def invert_step_anderson(eps_model, x, eps, t, t_prev, schedule, n_iter):
     "Fixed-point inversion of one pair with Anderson acceleration of depth 1. `n_iter` evaluations."
     guess, last = x if eps is None else ddim_step(x, t_prev, t, eps, schedule), None
@@ -144,7 +144,7 @@ def invert_step_anderson(eps_model, x, eps, t, t_prev, schedule, n_iter):
         last = residual, out
     return guess, eps
 
-# %% ../nbs/05_ddim.ipynb #7414e519
+# %% ../nbs/05_ddim.ipynb #c00c93fd
 INVERSIONS = dict(ddim=invert_step_ddim, fixed_point=invert_step_fixed_point, average=invert_step_average, anderson=invert_step_anderson)
 
 def evaluations(method,  # a key of INVERSIONS
@@ -156,7 +156,7 @@ def evaluations(method,  # a key of INVERSIONS
     if n_iter < 1: raise UserError(f"n_iter = {n_iter}: give at least one evaluation per step.")
     return n if method == 'ddim' else n * n_iter
 
-# %% ../nbs/05_ddim.ipynb #1fa8a328
+# %% ../nbs/05_ddim.ipynb #b96d8d11
 @torch.no_grad()
 def invert(eps_model,  # any callable (x_t, t) -> eps, t an int
            x0,         # clean images (time pairs[-1][1]), [b, c, h, w]
@@ -174,7 +174,7 @@ def invert(eps_model,  # any callable (x_t, t) -> eps, t an int
         x, eps = INVERSIONS[method](eps_model, x, eps, t, t_prev, schedule, n_iter)
     return x
 
-# %% ../nbs/05_ddim.ipynb #a573c060
+# %% ../nbs/05_ddim.ipynb #10da8344
 @torch.no_grad()
 def reconstruct(eps_model, x0, t0, n_inv, n_gen, schedule:Schedule, method='ddim', n_iter=1, progress=False):
     "Invert `x0` in `n_inv` pairs, generate in `n_gen`; a perfect inversion gives `x0` back. Without gradients."

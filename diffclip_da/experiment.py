@@ -9,7 +9,7 @@ __all__ = ['PAPER_NUMBERS', 'RENAMED', 'PROFILES', 'SPLITS', 'MEASURES', 'WORDS'
            'plot_histories', 'training_figure', 'figure3', 'figure4', 'measure_adaptation', 'plot_pairs', 'figure2',
            'results_table', 'compare_records', 'experiment_parser', 'main']
 
-# %% ../nbs/15_experiment.ipynb #3d1f5acb
+# %% ../nbs/15_experiment.ipynb #14b93fd2
 import argparse, contextlib, os, sys, time
 from configparser import ConfigParser
 from dataclasses import dataclass, fields, replace
@@ -39,7 +39,7 @@ from .identity import Embedder, load_embedder
 from .schedule import linear_schedule
 from .unet import load_unet, tiny_unet
 
-# %% ../nbs/15_experiment.ipynb #9f5937d5
+# %% ../nbs/15_experiment.ipynb #3004cb73
 # fractions per epoch, from the outputs of the paper's original notebook
 PAPER_NUMBERS = dict(
     figure3=dict(train=[.6283, .8108, .8783, .9233, .9442, .9817, .9858, .9933, 1.0, .9992],
@@ -49,7 +49,7 @@ PAPER_NUMBERS = dict(
                  test_original=[.6633, .7367, .7467, .73, .75, .7133, .7333, .7867, .72, .71],
                  test_target=[.6867, .7733, .81, .8233, .86, .86, .87, .8567, .88, .87]))
 
-# %% ../nbs/15_experiment.ipynb #3cd25e62
+# %% ../nbs/15_experiment.ipynb #09f43ec0
 @dataclass(frozen=True)
 class Profile:
     "All settings of Figures 2-4. `get_profile` makes one from a name and overrides."
@@ -75,7 +75,7 @@ class Profile:
     epochs: int = 10; batch_size: int = 32; classifier_lr: float = 1e-3
     seeds: tuple = (0, 1, 2)      # of the classifier: first weights and order
 
-# %% ../nbs/15_experiment.ipynb #7c9f08d3
+# %% ../nbs/15_experiment.ipynb #8fe073ad
 # where a configuration's field has another name in `Profile`
 RENAMED = {FinetuneConfig: dict(batch_size='tune_batch_size', seed='tune_seed'), AdaptConfig: dict(batch_size='adapt_batch_size', seed='adapt_seed')}
 
@@ -90,9 +90,9 @@ PROFILES = {p.name: p for p in (
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai', embedder='facenet:vggface2',
             t0=601, id_weight=.3, tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
     Profile('toy', dataset='toy', size=16, n_train=24, n_valid=12, n_test=16, balanced=True, unet='toy', clip='toy', embedder='toy', t0=200,
-            n_inv=4, n_gen=2, n_images=4, passes=1, shard_size=8, epochs=2, seeds=(0, 1)))}
+            n_inv=4, n_gen=2, n_images=4, passes=1, shard_size=8, epochs=2))}
 
-# %% ../nbs/15_experiment.ipynb #5214bdda
+# %% ../nbs/15_experiment.ipynb #c6793875
 def as_type(name:str, value, kind:type): # kind: str, int, float, bool or tuple (of ints)
     "`value`, as papermill or a command line hands it over, as `kind`. `UserError` names the field."
     if kind is tuple:
@@ -107,7 +107,7 @@ def as_type(name:str, value, kind:type): # kind: str, int, float, bool or tuple 
     kind_name = 'ints, such as 0,1,2' if name == 'seeds' else kind.__name__
     raise UserError(f'{name} = {value!r} ({type(value).__name__}); give {kind_name}')
 
-# %% ../nbs/15_experiment.ipynb #a376241d
+# %% ../nbs/15_experiment.ipynb #7bd409a5
 def get_profile(name:str, **overrides # fields of `Profile`; None keeps the profile's value
                ) -> Profile:
     "A profile by name, with fields replaced and checked."
@@ -121,12 +121,13 @@ def get_profile(name:str, **overrides # fields of `Profile`; None keeps the prof
     if p.classifier not in CLASSIFIERS: raise UserError(f"classifier = {p.classifier!r}; there are: {', '.join(CLASSIFIERS)}")
     return p
 
+# %% ../nbs/15_experiment.ipynb #21b774c5
 def given(namespace:dict) -> dict:
     "A notebook's parameters: every plain value in its `globals()` but for `profile` and `celeba`, so that a misspelt one is noticed."
     return {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('profile', 'celeba')
             and (v is None or isinstance(v, (bool, int, float, str, list, tuple))) and k not in ('In', 'Out')}
 
-# %% ../nbs/15_experiment.ipynb #c251da4c
+# %% ../nbs/15_experiment.ipynb #f6154f05
 def find_celeba(folder:str='') -> Path: # '' : the environment variable CELEBA
     "CelebA's folder; a relative one is looked for from here and from the repository's root."
     place = folder or os.environ.get('CELEBA', '')
@@ -145,7 +146,7 @@ def repo_root() -> Path:
             if ini.read(folder/'settings.ini', encoding='utf-8') and ini['DEFAULT'].get('lib_name') == 'diffclip_da': return folder
     return here
 
-# %% ../nbs/15_experiment.ipynb #35aee329
+# %% ../nbs/15_experiment.ipynb #9b3f3962
 def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px are written to `folder`
     "Drawn faces: class 0 has long hair, class 1 a beard. For trying out the chain."
     rng, files, labels = np.random.default_rng(seed), {}, {}
@@ -162,6 +163,7 @@ def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px 
         files[i], labels[i] = i, k % 2
     return ImageSet(name, Store(folder), files, labels, ['long hair', 'beard'])
 
+# %% ../nbs/15_experiment.ipynb #5eb226ca
 def load_splits(p:Profile, celeba_folder:str='', folder='runs') -> dict: # `folder`: where toy images go
     "'train', 'valid', 'test' -> labelled `ImageSet`, disjoint in images and people."
     if p.dataset == 'toy': whole = {s: toy_faces(Path(folder)/'toy-faces'/s, 40, k, f'toy-{s}') for k, s in enumerate(SPLITS)}
@@ -173,20 +175,22 @@ def load_splits(p:Profile, celeba_folder:str='', folder='runs') -> dict: # `fold
     check_splits(*sets.values())
     return sets
 
-SPLITS = ('train', 'valid', 'test')
+SPLITS = 'train', 'valid', 'test'
 
-# %% ../nbs/15_experiment.ipynb #dc4db596
+# %% ../nbs/15_experiment.ipynb #34a2a2e3
 def toy_models(size:int=16) -> tuple: # (unet, clip, embedder)
     "Tiny random networks with the interfaces of the real ones; `provenance` says random."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = open_clip.model.CLIP(16, dict(image_size=16, layers=1, width=32, head_width=16, patch_size=8), dict(context_length=77, width=16, heads=2, layers=1))
+        open_clip.model.set_model_preprocess_cfg(model, dict(mean=(.5,) * 3, std=(.5,) * 3))
         net = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, 16))
     def info(name, m): return dict(name=f'toy {name}', sha256=state_hash(m), provenance='random')
     unet = tiny_unet(size)
     unet.info = info('U-Net', unet)
-    return unet, Clip(model, open_clip.SimpleTokenizer(77), info('CLIP', model)), Embedder(net, 16, info('embedder', net))
+    return unet, Clip(model, open_clip.SimpleTokenizer(context_length=77), info('CLIP', model)), Embedder(net, 16, info('embedder', net))
 
+# %% ../nbs/15_experiment.ipynb #c2fe213a
 def load_guide(spec:str, # 'shipped', a folder, or an open_clip name with its weights, 'ViT-B-16/openai'; several joined by '+'
                device='cpu'):
     "One CLIP, or an ensemble."
@@ -196,6 +200,7 @@ def load_guide(spec:str, # 'shipped', a folder, or an open_clip name with its we
     members = [one(s) for s in spec.split('+')]
     return members[0] if len(members) == 1 else ClipEnsemble(members)
 
+# %% ../nbs/15_experiment.ipynb #a7e5b5fa
 def load_models(p:Profile, device='cpu') -> tuple: # (unet, clip, embedder), frozen, on the device
     "The three networks that a profile names: 'shipped', a folder or file, a published name, or 'toy'."
     models = toy_models(p.size) if 'toy' in (p.unet, p.clip, p.embedder) else (None,) * 3
@@ -205,20 +210,23 @@ def load_models(p:Profile, device='cpu') -> tuple: # (unet, clip, embedder), fro
     face = models[2] if p.embedder == 'toy' else load_embedder(p.embedder, device)
     return unet.to(device), guide.to(device), face.to(device)
 
-# %% ../nbs/15_experiment.ipynb #bd433832
+# %% ../nbs/15_experiment.ipynb #5a143c50
 def sources_hash(*modules) -> str:
     "Hash of modules' code, comments at the start of a line left out."
     here = Path(diffclip_da.__file__).parent
     lines = [line for m in modules for line in (here/f'{m}.py').read_text(encoding='utf-8').splitlines() if not line.lstrip().startswith('#')]
     return sha256_bytes('\n'.join(lines).encode())
 
+# %% ../nbs/15_experiment.ipynb #1c4bdfd9
 class Experiment:
     "The chain of one profile; each stage is made when it is first asked for, and found again afterwards."
     def __init__(self, profile:Profile, root=None, figures=None, # where caches and figures go; None: runs/ and figures/ of the repository
                  celeba:str='', sets:dict|None=None, # CelebA's folder; own `ImageSet`s 'train', 'valid', 'test'
                  device=None): # None: the best there is
         self.profile, self.celeba, self.device = profile, celeba, torch.device(device or default_device())
-        self.root, self.figures = Path(root or repo_root()/'runs'), Path(figures or repo_root()/'figures')
+        self.root = Path(root or repo_root()/'runs')
+        # figures of random networks do not belong beside real ones
+        self.figures = Path(figures or (self.root if profile.dataset == 'toy' else repo_root())/'figures')
         self.schedule, self._sets, self._tensors, self.seconds = linear_schedule(), sets, {}, {}
         if sets is not None and set(sets) != set(SPLITS): raise UserError(f"sets has {', '.join(sets)}; give all of {', '.join(SPLITS)}")
 
@@ -230,12 +238,13 @@ class Experiment:
     @cached_property
     def models(self): return load_models(self.profile, self.device) # (unet, clip, embedder)
 
-# %% ../nbs/15_experiment.ipynb #c64535e0
+# %% ../nbs/15_experiment.ipynb #5de27401
 @patch(as_prop=True)
 def weights(self:Experiment) -> dict:
     "Role -> name, sha256, provenance, for records."
     return {role: {k: m.info[k] for k in ('name', 'sha256', 'provenance')} for role, m in zip(('unet', 'clip', 'identity'), self.models)}
 
+# %% ../nbs/15_experiment.ipynb #baf10630
 @patch
 @contextlib.contextmanager
 def stage(self:Experiment, name:str, key:str): # 'adapt test'; see above -> folder
@@ -250,7 +259,7 @@ def stage(self:Experiment, name:str, key:str): # 'adapt test'; see above -> fold
     self.seconds[name] = read_json(done)['seconds']
     if not found: print(f'{name}: done in {self.seconds[name]:.0f} s', flush=True)
 
-# %% ../nbs/15_experiment.ipynb #181bdae3
+# %% ../nbs/15_experiment.ipynb #8f04a0ec
 @patch(as_prop=True)
 def tuned(self:Experiment) -> tuple: # (fine-tuned U-Net, history of its losses)
     "The fine-tuned network."
@@ -264,6 +273,7 @@ def tuned(self:Experiment) -> tuple: # (fine-tuned U-Net, history of its losses)
         self._tuned = tune_once(self.splits['train'], unet, guide, face if cfg.id_weight else None, self.schedule, cfg, p.size, folder)
     return self._tuned
 
+# %% ../nbs/15_experiment.ipynb #7f518ff0
 @patch(as_prop=True)
 def adapted(self:Experiment) -> dict: # split -> ImageSet, same ids and labels
     "All three splits in the target domain."
@@ -276,7 +286,7 @@ def adapted(self:Experiment) -> dict: # split -> ImageSet, same ids and labels
     self._adapted = done
     return done
 
-# %% ../nbs/15_experiment.ipynb #1bae2bd7
+# %% ../nbs/15_experiment.ipynb #4731ca8b
 @patch
 def tensors(self:Experiment, split:str, domain:str) -> tuple: # 'train', 'valid', 'test'; 'original' or 'adapted' -> (x, y)
     "Images [n, 3, size, size] in [-1, 1] and labels [n] of a split."
@@ -286,6 +296,7 @@ def tensors(self:Experiment, split:str, domain:str) -> tuple: # 'train', 'valid'
         self._tensors[split, domain] = images.tensor(images.ids, self.profile.size), images.labels_of(images.ids)
     return self._tensors[split, domain]
 
+# %% ../nbs/15_experiment.ipynb #c9588d8e
 @patch
 def histories(self:Experiment, trained_on:str) -> pd.DataFrame: # 'original' or 'adapted' -> seed, epoch, split, loss, accuracy, ...
     "Train the classifier once for each seed."
@@ -302,7 +313,7 @@ def histories(self:Experiment, trained_on:str) -> pd.DataFrame: # 'original' or 
             tables.append(pd.read_csv(folder/'history.csv', float_precision='round_trip').assign(seed=seed))
     return pd.concat(tables, ignore_index=True)[['seed', 'epoch', 'split', 'loss', 'accuracy', 'balanced_accuracy', 'auroc']]
 
-# %% ../nbs/15_experiment.ipynb #929a1400
+# %% ../nbs/15_experiment.ipynb #675008e0
 def t_interval(values, confidence=.95) -> dict: # mean, ci95 [low, high] or None for a single value, n_seeds
     "Mean and Student's interval over independent runs (scipy.stats.t)."
     v = np.asarray(values, dtype=float)
@@ -311,12 +322,13 @@ def t_interval(values, confidence=.95) -> dict: # mean, ci95 [low, high] or None
     half = float(stats.t.ppf((1 + confidence) / 2, len(v) - 1) * stats.sem(v))
     return dict(mean=mean, ci95=[mean - half, mean + half], n_seeds=len(v))
 
+# %% ../nbs/15_experiment.ipynb #262afc0b
 def image_interval(share:float, n:int) -> list: # [low, high]
     "Wilson's 95 % interval of a share measured on `n` images (scipy.stats.binomtest)."
     ci = stats.binomtest(round(share * n), n).proportion_ci(method='wilson')
     return [float(ci.low), float(ci.high)]
 
-# %% ../nbs/15_experiment.ipynb #00dee5c5
+# %% ../nbs/15_experiment.ipynb #9d8ff6d8
 MEASURES = ('accuracy', 'balanced_accuracy', 'auroc')
 
 def summarise(history:pd.DataFrame, n_images:dict) -> dict: # from `histories`; split -> number of images
@@ -332,17 +344,19 @@ def summarise(history:pd.DataFrame, n_images:dict) -> dict: # from `histories`; 
         if split in n_images: s['ci95_images'] = image_interval(s['mean'], n_images[split])
     return summary
 
+# %% ../nbs/15_experiment.ipynb #b60f101e
 def paired(name:str, ours:dict, theirs:dict) -> dict: # summaries; -> summary entry of ours - theirs, seed by seed
     "Mean difference over seeds with Student's interval and the paired t-test's p-value."
     d = np.subtract(ours[name]['values'], theirs[name]['values'])
     p = float(stats.ttest_rel(ours[name]['values'], theirs[name]['values']).pvalue) if len(d) > 1 and d.std() > 0 else None
     return dict(t_interval(d), values=d.tolist(), p_value=p, interval='Student, 95 %, over the seeds of the classifier, paired')
 
-def tolerances(summary:dict, floor=.03) -> dict:
-    "How far another machine's mean may lie from this one's: the half-width of the interval, `floor` at least."
-    return {k: round(max(floor, (s['ci95'][1] - s['ci95'][0]) / 2), 4) if s['ci95'] else .1 for k, s in summary.items()}
+# %% ../nbs/15_experiment.ipynb #523e3d3b
+def tolerances(summary:dict, floor=.03, ceiling=.1) -> dict:
+    "How far another machine's mean may lie from this one's: the half-width of the interval, within `floor` and `ceiling`."
+    return {k: round(min(ceiling, max(floor, (s['ci95'][1] - s['ci95'][0]) / 2)), 4) if s['ci95'] else ceiling for k, s in summary.items()}
 
-# %% ../nbs/15_experiment.ipynb #71ef84ec
+# %% ../nbs/15_experiment.ipynb #136778d9
 def plot_histories(history:pd.DataFrame, majority:float, target:str, caption:str, title:str) -> plt.Figure:
     "The paper's two panels, 12 x 5 inch."
     set_style()
@@ -365,39 +379,42 @@ def plot_histories(history:pd.DataFrame, majority:float, target:str, caption:str
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_experiment.ipynb #345c9614
+# %% ../nbs/15_experiment.ipynb #77c31b58
 WORDS = dict(shipped='stand-in', published='published or own weights', random='RANDOM weights')
 
 @patch
-def caption(self:Experiment) -> str:
-    "What made the figure: weights, data, seeds, versions."
+def caption(self:Experiment, how:str) -> str: # what the lines or pictures are
+    "What made the figure: weights, data, versions."
     nets = '; '.join(f"{role} {w['name'].removeprefix('diffclip_da/assets/')} ({WORDS[w['provenance']]})" for role, w in self.weights.items())
     p, v = self.profile, versions()
     counts = ', '.join(f'{len(s):,} {name}' for name, s in self.splits.items())
-    return (f"{nets}\n{DATASETS.get(p.dataset, p.dataset)} at {p.size} px: {counts}; mean and 95 % t-interval over classifier seeds "
-            f"{', '.join(map(str, p.seeds))}; diffclip_da {v['diffclip_da']}, torch {v['torch']}")
+    return (f"{nets}\n{DATASETS.get(p.dataset, p.dataset)} at {p.size} px: {counts}; {how}; "
+            f"diffclip_da {v['diffclip_da']}, torch {v['torch']}")
 
 DATASETS = dict(faces='shipped synthetic faces', celeba='CelebA', toy='drawn toy faces')
 
+# %% ../nbs/15_experiment.ipynb #f5edddb8
 @patch
 def data_record(self:Experiment) -> dict:
     "Name of the data, images per class and split, hash over images and labels."
     return dict(name=DATASETS.get(self.profile.dataset, self.profile.dataset), classes=self.splits['train'].classes, counts={s: i.counts() for s, i in self.splits.items()},
                 sha256={s: canonical_hash([list(m.index), list(m.sha256), m.label.tolist()]) for s, i in self.splits.items() for m in [i.manifest()]})
 
+# %% ../nbs/15_experiment.ipynb #7c19a822
 @patch
 def majority(self:Experiment) -> float:
     "Accuracy on the test split of always answering the training split's more frequent class."
     y, test = (self.splits[s].labels_of(self.splits[s].ids).float() for s in ('train', 'test'))
     return float((test == float(y.mean() > .5)).float().mean())
 
-# %% ../nbs/15_experiment.ipynb #9f6febbd
+# %% ../nbs/15_experiment.ipynb #ffc22c6d
 @patch
 def record(self:Experiment, figure:str, numbers:dict, summary:dict, tolerance:dict) -> dict:
     "A figure's record, with the seconds that each stage took where it was made."
     r = make_record(figure, self.profile.name, self.profile, self.profile.seeds, self.weights, self.data_record(), numbers, summary, tolerance)
     return dict(r, device=str(self.device), seconds=dict(self.seconds))
 
+# %% ../nbs/15_experiment.ipynb #56ef18da
 def training_figure(exp:Experiment, figure:str, trained_on:str, title:str, extra=lambda summary: {}) -> tuple: # (fig, record, table)
     "Draw and save Figure 3 or 4."
     h = exp.histories(trained_on)
@@ -406,16 +423,18 @@ def training_figure(exp:Experiment, figure:str, trained_on:str, title:str, extra
     summary.update(extra(summary))
     numbers = {s: {m: {str(seed): g[m].tolist() for seed, g in rows.groupby('seed')} for m in ('loss', *MEASURES)} for s, rows in h.groupby('split', sort=False)}
     numbers.update(epochs=sorted(h.epoch.unique().tolist()), selected_epoch={str(s): selected_epoch(g) for s, g in h.groupby('seed')}, majority=exp.majority())
-    fig = plot_histories(h, exp.majority(), exp.profile.target, exp.caption(), title)
+    how = f"mean and 95 % t-interval over classifier seeds {', '.join(map(str, exp.profile.seeds))}"
+    fig = plot_histories(h, exp.majority(), exp.profile.target, exp.caption(how), title)
     record = exp.record(figure, numbers, summary, tolerances(summary))
     save_figure(fig, record, h, exp.figures)
     return fig, record, h
 
-# %% ../nbs/15_experiment.ipynb #5f6bb07d
+# %% ../nbs/15_experiment.ipynb #c428b398
 def figure3(exp:Experiment) -> tuple: # (fig, record, table)
     "Figure 3: the classifier trained on original images. Saved under figures/<profile>/."
     return training_figure(exp, 'figure3', 'original', 'Trained on original images')
 
+# %% ../nbs/15_experiment.ipynb #f0b984b0
 def figure4(exp:Experiment) -> tuple: # (fig, record, table)
     "Figure 4: the classifier trained on adapted images; the record holds the gain over Figure 3 too, seed by seed."
     n = {s: len(exp.splits[s.split('_')[0]]) for s in ('train', 'valid', 'test_original', 'test_target')}
@@ -425,22 +444,22 @@ def figure4(exp:Experiment) -> tuple: # (fig, record, table)
         return {f'adapted_minus_original_{k}': paired(k, ours, theirs) for k in names}
     return training_figure(exp, 'figure4', 'adapted', 'Trained on adapted images', gain)
 
-# %% ../nbs/15_experiment.ipynb #08d36953
-@torch.inference_mode()
+# %% ../nbs/15_experiment.ipynb #caad8e17
 def measure_adaptation(exp:Experiment) -> pd.DataFrame: # one row per test image
     "pixel_change (mean, of the 0-1 range), identity_cosine, and CLIP's probability of the target's words before and after."
     p, (_, guide, face), ids = exp.profile, exp.models, exp.splits['test'].ids
     before, after, rows = exp.tensors('test', 'original')[0], exp.tensors('test', 'adapted')[0], []
     for k in progress(range(0, len(ids), 50), desc='measuring'):
         a, b = before[k:k + 50].to(exp.device), after[k:k + 50].to(exp.device)
-        change, cosine = (a - b).abs().mean((1, 2, 3)) / 2, (face.embed(a) * face.embed(b)).sum(1)
-        prob = [zero_shot(guide, x, [p.source, p.target])[:, 1] for x in (a, b)]
+        with torch.no_grad():
+            change, cosine = (a - b).abs().mean((1, 2, 3)) / 2, (face.embed(a) * face.embed(b)).sum(1)
+            prob = [zero_shot(guide, x, [p.source, p.target])[:, 1] for x in (a, b)]
         rows.append(torch.stack([change, cosine, *prob], 1).cpu())
     table = pd.DataFrame(torch.cat(rows).double().numpy(), columns=['pixel_change', 'identity_cosine', 'target_before', 'target_after'])
     labels = [exp.splits['test'].classes[exp.splits['test'].labels[i]] for i in ids]
     return table.assign(id=ids, label=labels)[['id', 'label', *table.columns]]
 
-# %% ../nbs/15_experiment.ipynb #ff21e5ee
+# %% ../nbs/15_experiment.ipynb #d8515a3c
 def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figure: # [n, 3, h, w] twice; classes in order; class of each
     "Sources above adapted images, one block of columns per class; each picture enlarged by Lanczos."
     set_style()
@@ -458,7 +477,7 @@ def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figu
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_experiment.ipynb #9d278cd7
+# %% ../nbs/15_experiment.ipynb #a0a5d7f3
 def figure2(exp:Experiment, n:int=4) -> tuple: # images of each class -> (fig, record, table)
     "Figure 2: sources above adapted images, the first test images of each class. Saved under figures/<profile>/."
     test, table = exp.splits['test'], measure_adaptation(exp)
@@ -467,27 +486,31 @@ def figure2(exp:Experiment, n:int=4) -> tuple: # images of each class -> (fig, r
     before, after = (exp.tensors('test', d)[0][k] for d in ('original', 'adapted'))
     plural = dict(female='women', male='men')
     names = [plural.get(c, c) for c in test.classes]
-    fig = plot_pairs(before, after, names, [plural.get(c, c) for c in shown.label], exp.caption(), f'{exp.profile.source} (above), {exp.profile.target} (below)')
+    fig = plot_pairs(before, after, names, [plural.get(c, c) for c in shown.label], exp.caption('the first test images of each class'), f'{exp.profile.source} (above), {exp.profile.target} (below)')
     summary = {c: dict(t_interval(table[c]), n_seeds=1, n_images=len(table), interval='Student, 95 %, over the test images; one fine-tuning seed')
                for c in ('pixel_change', 'identity_cosine', 'target_before', 'target_after')}
     record = exp.record('figure2', dict(shown=shown.to_dict('list')), summary, {k: .05 if k == 'pixel_change' else .1 for k in summary})
     save_figure(fig, record, table, exp.figures)
     return fig, record, table
 
-# %% ../nbs/15_experiment.ipynb #b827bf98
+# %% ../nbs/15_experiment.ipynb #60487f59
 def results_table(record:dict) -> pd.DataFrame:
-    "Each metric of a record: the paper's value at the same epoch where there is one, the mean here and its interval."
-    paper, rows = PAPER_NUMBERS.get(record['figure'], {}), []
-    for k, s in record['summary'].items():
-        if k.startswith('valid'): continue
-        theirs = paper[k.removesuffix('_accuracy')][-1] if k.removesuffix('_accuracy') in paper else None
-        if record['figure'] == 'figure4' and k == 'adapted_minus_original_test_target_accuracy':
-            theirs = PAPER_NUMBERS['figure4']['test_target'][-1] - PAPER_NUMBERS['figure3']['test_target'][-1]
-        low, high = s['ci95'] or (None, None)
-        rows.append({'metric': k, 'paper (1 seed, 256 px)': theirs, 'here': s['mean'], 'low': low, 'high': high, 'seeds': s['n_seeds']})
-    table = pd.DataFrame(rows).set_index('metric').astype({c: float for c in ('paper (1 seed, 256 px)', 'here', 'low', 'high')}).round(3)
-    return table if paper else table.drop(columns='paper (1 seed, 256 px)')
+    "A record's accuracies with their intervals beside the paper's; for Figure 2 its measures."
+    summary, paper = record['summary'], dict(PAPER_NUMBERS.get(record['figure'], {}))
+    def span(k): return '' if summary[k]['ci95'] is None else '{:.3f} to {:.3f}'.format(*summary[k]['ci95'])
+    rows = []
+    for k in [k for k in summary if 'balanced' not in k and not k.startswith('valid')]:
+        what, found, when = k.partition('_accuracy')
+        if found:
+            theirs = paper[what][-1] if what in paper else .277 if what.startswith('adapted_minus') else None # 87.0 - 59.3
+            balanced, auroc = (summary.get(f'{what}_{m}{when}', {}).get('mean') for m in MEASURES[1:])
+            rows.append({'': what.replace('_', ' '), 'epoch': 'chosen' if when else 'last', 'paper, last epoch': None if when else theirs,
+                         'accuracy': summary[k]['mean'], '95 % interval': span(k), 'balanced accuracy': balanced, 'AUROC': auroc})
+        elif 'auroc' not in k: rows.append({'': k.replace('_', ' '), 'mean': summary[k]['mean'], '95 % interval': span(k)})
+    if 'majority' in record['numbers']: rows.append({'': 'majority class', 'accuracy': record['numbers']['majority'], 'balanced accuracy': .5, 'AUROC': .5})
+    return pd.DataFrame(rows).set_index('').round(3).fillna('')
 
+# %% ../nbs/15_experiment.ipynb #708327f5
 def compare_records(new:dict, committed:dict) -> pd.DataFrame: # -> metric, new, committed, difference, tolerance, ok
     "Whether `new` agrees with `committed` within its tolerances. `UserError` if they are not of the same figure and settings."
     for k in ('figure', 'profile'):
@@ -502,7 +525,7 @@ def compare_records(new:dict, committed:dict) -> pd.DataFrame: # -> metric, new,
         rows.append(dict(metric=k, new=mine, committed=theirs, difference=mine - theirs, tolerance=tol, ok=bool(abs(mine - theirs) <= tol)))
     return pd.DataFrame(rows, columns=['metric', 'new', 'committed', 'difference', 'tolerance', 'ok']).set_index('metric')
 
-# %% ../nbs/15_experiment.ipynb #0e314ce8
+# %% ../nbs/15_experiment.ipynb #551970e6
 def experiment_parser() -> argparse.ArgumentParser:
     "The options of `python -m diffclip_da.experiment`."
     parser = argparse.ArgumentParser('python -m diffclip_da.experiment', description='Make Figures 2-4, or compare their records.')

@@ -7,7 +7,7 @@ __all__ = ['GRADS', 'FinetuneConfig', 'compute_latents', 'device_of', 'tensor_ha
            'accumulate_gradients', 'FinetuneLoss', 'DivergedError', 'check_finite', 'save_checkpoint',
            'load_checkpoint', 'tune', 'weights_hash', 'finetune_key', 'finetune']
 
-# %% ../nbs/12_finetune.ipynb #5a19bbf4
+# %% ../nbs/12_finetune.ipynb #5f089e13
 import copy, math, time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +24,7 @@ from .ddim import ddim_step, invert, step_pairs
 from .forward import predict_x0
 from .losses import diffusionclip_loss, text_direction
 
-# %% ../nbs/12_finetune.ipynb #1c6fa8f0
+# %% ../nbs/12_finetune.ipynb #90a84add
 @dataclass(frozen=True)
 class FinetuneConfig:
     "What fine-tuning is asked to do (arXiv 2110.02711). `validate` checks it."
@@ -48,7 +48,7 @@ class FinetuneConfig:
     grad: str = 'full'          # 'full', 'checkpoint' (same gradient, less memory) or 'step' (another gradient, least memory)
     seed: int = 0               # of order and augmentation
 
-# %% ../nbs/12_finetune.ipynb #1e3f1cf0
+# %% ../nbs/12_finetune.ipynb #e210435c
 @patch
 def validate(self:FinetuneConfig, T:int, # the schedule's number of steps
              n_available:int|None=None,  # images at hand
@@ -72,7 +72,7 @@ def validate(self:FinetuneConfig, T:int, # the schedule's number of steps
 
 GRADS = 'full', 'checkpoint', 'step'
 
-# %% ../nbs/12_finetune.ipynb #cce8ebc4
+# %% ../nbs/12_finetune.ipynb #fe3dd9a0
 def compute_latents(model, x0:torch.Tensor, # the pre-trained network; [n, 3, h, w] in [-1, 1]
                     pairs, schedule,        # from `step_pairs(t0, n_inv)`
                     method='ddim', n_iter=1, batch_size=16):
@@ -88,7 +88,7 @@ def device_of(model) -> torch.device:
     p = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
     return torch.device('cpu') if p is None else p.device
 
-# %% ../nbs/12_finetune.ipynb #a58ce774
+# %% ../nbs/12_finetune.ipynb #ec6ae09f
 def tensor_hash(x:torch.Tensor) -> str:
     "SHA-256 over shape and bytes of a tensor, wherever it lives."
     return state_hash({'': x})
@@ -105,7 +105,7 @@ def cached_latents(path, key:str, make) -> torch.Tensor:
     with atomic_write(path) as f: f.write(safetensors_bytes({'latents': latents}, metadata={'key': key}))
     return latents
 
-# %% ../nbs/12_finetune.ipynb #c6ef8db0
+# %% ../nbs/12_finetune.ipynb #6b78bd32
 def reverse_path(model, x_t:torch.Tensor, pairs, schedule, # latents at t0; pairs from `step_pairs(t0, n_gen)`
                  checkpointed=False, # forget each step's activations and compute them again on the way back
                 ) -> torch.Tensor:   # x0_hat, same shape
@@ -116,7 +116,7 @@ def reverse_path(model, x_t:torch.Tensor, pairs, schedule, # latents at t0; pair
         else: x_t = step(x_t, t, t_prev)
     return x_t
 
-# %% ../nbs/12_finetune.ipynb #18c592a7
+# %% ../nbs/12_finetune.ipynb #1dfc1653
 def accumulate_gradients(model, x_t, pairs, schedule, # latents [b, 3, h, w]; pairs from `step_pairs(t0, n_gen)`
                          loss,        # x_gen -> dict of terms, 'total' among them
                          grad='full', # 'full', 'checkpoint' or 'step'
@@ -135,7 +135,7 @@ def accumulate_gradients(model, x_t, pairs, schedule, # latents [b, 3, h, w]; pa
         x_t = ddim_step(x_t, t, t_prev, eps.detach(), schedule)
     return mean
 
-# %% ../nbs/12_finetune.ipynb #657ccb24
+# %% ../nbs/12_finetune.ipynb #c00f88bd
 class FinetuneLoss:
     "`loss(x_gen, x_ref, generator) -> dict` with `total` and each unweighted term; terms of weight 0 are not computed."
     def __init__(self, clip, embedder, cfg:FinetuneConfig):
@@ -150,7 +150,7 @@ class FinetuneLoss:
                                           c.n_crops, c.augment_noise, generator)
         return {**terms, 'total': total}
 
-# %% ../nbs/12_finetune.ipynb #0ac2cce5
+# %% ../nbs/12_finetune.ipynb #1a16904f
 class DivergedError(UserError, FloatingPointError):
     "The loss or its gradient is not a number."
 
@@ -163,7 +163,7 @@ def check_finite(row:dict, lr_name='lr', kept=None):
     raise DivergedError(f"fine-tuning diverged at step {row['step']} of pass {row['pass']} ({values}; not finite: {', '.join(bad)}). "
                         f"Lower {lr_name} (it was {row['lr']:.2g}) or lr_growth and start in a new folder; {where}.")
 
-# %% ../nbs/12_finetune.ipynb #502e7302
+# %% ../nbs/12_finetune.ipynb #dafb02da
 def save_checkpoint(path, key, passes_done, model, optimizer, generator, history):
     "Write all that the next pass depends on, atomically."
     with atomic_write(path) as f:
@@ -181,7 +181,7 @@ def load_checkpoint(path, key, passes, model, optimizer, generator) -> tuple: # 
     model.load_state_dict(s['model']); optimizer.load_state_dict(s['optimizer']); generator.set_state(s['generator'])
     return s['passes_done'], s['history']
 
-# %% ../nbs/12_finetune.ipynb #be4c51b5
+# %% ../nbs/12_finetune.ipynb #3f089896
 def tune(model, latents, x_ref, loss, schedule, cfg:FinetuneConfig, # [n, 3, h, w] twice; loss(x_gen, x_ref, generator) -> dict
          out=None, key=''): # folder for checkpoints; what the run depends on, hashed
     "A tuned copy of `model`, and the history as a DataFrame with one row per update."
@@ -196,7 +196,7 @@ def tune(model, latents, x_ref, loss, schedule, cfg:FinetuneConfig, # [n, 3, h, 
             tic, ref = time.perf_counter(), x_ref[i].to(device)
             optimizer.zero_grad(set_to_none=True)
             terms = accumulate_gradients(model, latents[i].to(device), pairs, schedule, lambda x: loss(x, ref, generator), cfg.grad)
-            terms['grad_norm'] = torch.nn.utils.get_total_norm([q.grad for q in model.parameters() if q.grad is not None])
+            terms['grad_norm'] = torch.stack([q.grad.norm().float() for q in model.parameters() if q.grad is not None]).norm()
             row = dict(zip(terms, torch.stack([v.float() for v in terms.values()]).tolist()))   # the update's only wait for the device
             history.append({'pass': p, 'step': len(history), **row, 'lr': optimizer.param_groups[0]['lr'], 'seconds': time.perf_counter() - tic})
             check_finite(history[-1], kept=path if p else None)
@@ -206,7 +206,7 @@ def tune(model, latents, x_ref, loss, schedule, cfg:FinetuneConfig, # [n, 3, h, 
     bar.close()
     return model.requires_grad_(False), pd.DataFrame(history)
 
-# %% ../nbs/12_finetune.ipynb #ea12943b
+# %% ../nbs/12_finetune.ipynb #ad78a37e
 def weights_hash(m) -> str|None:
     "What identifies a model: the hash of its weights, or its `info` when it is no module."
     if m is None: return None
@@ -219,7 +219,7 @@ def finetune_key(model, x0, clip, embedder, schedule, cfg, latents=None) -> str:
                                clip=weights_hash(clip) if cfg.clip_weight else None, embedder=weights_hash(embedder) if cfg.id_weight else None,
                                latents=None if latents is None else tensor_hash(latents)))
 
-# %% ../nbs/12_finetune.ipynb #bc8bcb4a
+# %% ../nbs/12_finetune.ipynb #b6f6760b
 def finetune(model, x0:torch.Tensor, # pre-trained network, not modified; source images [n, 3, h, w] in [-1, 1], the first n_images are used
              clip, embedder, schedule, # `Clip` or `ClipEnsemble`; `Embedder`, or None when id_weight is 0
              cfg:FinetuneConfig,
@@ -229,6 +229,7 @@ def finetune(model, x0:torch.Tensor, # pre-trained network, not modified; source
             ) -> tuple:              # (tuned model in eval mode, history DataFrame)
     "Tune the reverse process so that `x0` turns into `cfg.target` (arXiv 2110.02711)."
     cfg.validate(schedule.T, len(x0))
+    if latents is not None and len(latents) < cfg.n_images: raise UserError(f'{len(latents)} latents for n_images = {cfg.n_images}; give one for each image')
     x0, device = x0[:cfg.n_images], torch.device(device or device_of(model))
     model = copy.deepcopy(model).to(device).eval()
     for m in (clip, embedder):

@@ -6,7 +6,7 @@
 __all__ = ['posterior', 'ddpm_mean', 'ddpm_step', 'GaussianDenoiser', 'MixtureDenoiser', 'ddpm_sample', 'simple_weight',
            'p2_weight', 'elbo_weight', 'diffusion_loss']
 
-# %% ../nbs/04_reverse.ipynb #5f427a40
+# %% ../nbs/04_reverse.ipynb #593c264d
 import torch
 from fastcore.basics import patch
 from torch import nn
@@ -15,14 +15,14 @@ from .core import UserError, progress as progress_bar
 from .schedule import Schedule, match_like
 from .forward import q_sample, noise_like
 
-# %% ../nbs/04_reverse.ipynb #520961a3
+# %% ../nbs/04_reverse.ipynb #000c7c13
 def _ab_pair(t, schedule):
     "alpha_bar_t and alpha_bar_{t-1} in float64, for t from 0 to T - 1."
     if not isinstance(t, int): t = torch.as_tensor(t)
     ab = schedule.ab(t, lowest=0)
     return ab, schedule.ab(t - 1)
 
-# %% ../nbs/04_reverse.ipynb #8293bc79
+# %% ../nbs/04_reverse.ipynb #d6a7ee68
 def posterior(x0,   # clean images [b, c, h, w], or a guess of them
               x_t,  # the same images at step t
               t,    # int or integer tensor [b], 0 to T - 1
@@ -36,7 +36,7 @@ def posterior(x0,   # clean images [b, c, h, w], or a guess of them
     var = (1 - alpha) * (1 - ab_prev) / (1 - ab)
     return match_like(c_0, x_t) * x0 + match_like(c_t, x_t) * x_t, match_like(var, x_t)
 
-# %% ../nbs/04_reverse.ipynb #42526e87
+# %% ../nbs/04_reverse.ipynb #d8e92e9d
 def ddpm_mean(x_t,  # noisy images [b, c, h, w]
               t,    # int or integer tensor [b], 0 to T - 1
               eps,  # noise that the model sees in x_t
@@ -47,7 +47,7 @@ def ddpm_mean(x_t,  # noisy images [b, c, h, w]
     alpha = ab / ab_prev
     return match_like(1 / alpha.sqrt(), x_t) * (x_t - match_like((1 - alpha) / (1 - ab).sqrt(), x_t) * eps)
 
-# %% ../nbs/04_reverse.ipynb #78bc10b3
+# %% ../nbs/04_reverse.ipynb #42278241
 def ddpm_step(x_t,             # noisy images [b, c, h, w]
               t,               # int or integer tensor [b], 0 to T - 1
               eps,             # noise that the model sees in x_t
@@ -61,7 +61,7 @@ def ddpm_step(x_t,             # noisy images [b, c, h, w]
     if noise is None: noise = noise_like(x_t, generator)
     return ddpm_mean(x_t, t, eps, schedule) + match_like(sigma, x_t) * noise
 
-# %% ../nbs/04_reverse.ipynb #8c3a0c48
+# %% ../nbs/04_reverse.ipynb #82e82c40
 class GaussianDenoiser(nn.Module):
     "The best possible noise predictor for data $\\mathcal N(\\mu, \\mathrm{std}^2 I)$."
     def __init__(self,
@@ -79,7 +79,7 @@ class GaussianDenoiser(nn.Module):
         var = (signal * self.std.to(x_t))**2 + noise**2  # of x_t
         return noise * (x_t - signal * self.mean.to(x_t)) / var
 
-# %% ../nbs/04_reverse.ipynb #631b6527
+# %% ../nbs/04_reverse.ipynb #ab60155c
 class MixtureDenoiser(nn.Module):
     "The best possible noise predictor for data from a mixture of isotropic Gaussians."
     def __init__(self,
@@ -91,7 +91,7 @@ class MixtureDenoiser(nn.Module):
         super().__init__()
         means = torch.as_tensor(means, dtype=torch.float64)
         k = len(means)
-        weights = torch.ones(k) if weights is None else torch.as_tensor(weights)
+        weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         self.register_buffer('means', means)
         self.register_buffer('std', torch.as_tensor(std, dtype=torch.float64).expand(k).reshape(k, *[1]*(means.dim() - 1)))
         self.register_buffer('weights', weights.double() / weights.sum())
@@ -104,14 +104,14 @@ class MixtureDenoiser(nn.Module):
         log_n = -0.5 * (d**2 / var + (2 * torch.pi * var).log()).flatten(2).sum(2)
         return d, var, log_n + self.weights.log().to(x_t)
 
-# %% ../nbs/04_reverse.ipynb #9fb3a3ce
+# %% ../nbs/04_reverse.ipynb #c235ce3e
 @patch
 def forward(self:MixtureDenoiser, x_t, t):
     d, var, log_p = self._parts(x_t, t)
     share = log_p.softmax(1).reshape(*log_p.shape, *[1]*(x_t.dim() - 1))
     return self.schedule.rates(t, x_t, lowest=0)[1] * (share * d / var).sum(1)
 
-# %% ../nbs/04_reverse.ipynb #2b7fc607
+# %% ../nbs/04_reverse.ipynb #8edf6acb
 @patch
 def log_prob(self:MixtureDenoiser,
              x_t,  # [b, ...]
@@ -120,7 +120,6 @@ def log_prob(self:MixtureDenoiser,
     "Log density of the data noised to step `t`."
     return self._parts(x_t, t)[2].logsumexp(1)
 
-# %% ../nbs/04_reverse.ipynb #b583243a
 @patch
 def sample(self:MixtureDenoiser,
            n,               # how many
@@ -131,7 +130,7 @@ def sample(self:MixtureDenoiser,
     mean = self.means.cpu()[k]
     return mean + self.std.cpu()[k] * noise_like(mean, generator), k
 
-# %% ../nbs/04_reverse.ipynb #525c832c
+# %% ../nbs/04_reverse.ipynb #5dcc43c6
 @torch.no_grad()
 def ddpm_sample(eps_model,       # (x_t, t) -> eps
                 x_T,             # where to start: standard normal noise [b, c, h, w]
@@ -145,14 +144,13 @@ def ddpm_sample(eps_model,       # (x_t, t) -> eps
         x_T = ddpm_step(x_T, t, eps_model(x_T, t), schedule, generator)
     return x_T
 
-# %% ../nbs/04_reverse.ipynb #cb8bf3ae
+# %% ../nbs/04_reverse.ipynb #dd044fc0
 def simple_weight(t,  # int or integer tensor [b]
                   schedule:Schedule,
                  ):   # float64, shape of t
     "Every noise level counts alike (DDPM, equation 14)."
     return torch.ones_like(schedule.ab(t, lowest=0))
 
-# %% ../nbs/04_reverse.ipynb #46897c3d
 def p2_weight(t,         # int or integer tensor [b]
               schedule:Schedule,
               k=1.,      # keeps the weight finite where the SNR is small
@@ -161,7 +159,7 @@ def p2_weight(t,         # int or integer tensor [b]
     "Perception-prioritised weight $1/(k + \\mathrm{SNR})^\\gamma$ (2204.00227, equation 8)."
     return (k + schedule.snr(t))**-gamma
 
-# %% ../nbs/04_reverse.ipynb #1b26342c
+# %% ../nbs/04_reverse.ipynb #3793580d
 def elbo_weight(t,  # int or integer tensor [b], 1 to T - 1: at 0 the posterior's variance is zero and the weight infinite
                 schedule:Schedule,
                ):   # float64, shape of t
@@ -169,7 +167,7 @@ def elbo_weight(t,  # int or integer tensor [b], 1 to T - 1: at 0 the posterior'
     schedule.ab(t, lowest=1)  # for its error message
     return 0.5 * (schedule.snr(t - 1) / schedule.snr(t) - 1)
 
-# %% ../nbs/04_reverse.ipynb #7532c4f4
+# %% ../nbs/04_reverse.ipynb #a1cdbf3a
 def diffusion_loss(eps_model,             # (x_t, t) -> eps
                    x0,                    # clean images [b, c, h, w]
                    t,                     # int or integer tensor [b]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Schedule', 'linear_schedule', 'cosine_schedule', 'match_like']
 
-# %% ../nbs/02_schedule.ipynb #2e5e4878
+# %% ../nbs/02_schedule.ipynb #2376d904
 import math, operator
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .core import UserError
 
-# %% ../nbs/02_schedule.ipynb #12800d05
+# %% ../nbs/02_schedule.ipynb #6966e884
 @dataclass(frozen=True, eq=False)
 class Schedule:
     "The noise added at each of `T` steps; index 0 is the first noisy step, index -1 means the clean image."
@@ -41,7 +41,7 @@ class Schedule:
     @cached_property
     def _tables(self): return {}  # one lookup table of alpha_bar per device, filled by `ab`
 
-# %% ../nbs/02_schedule.ipynb #8bb6837b
+# %% ../nbs/02_schedule.ipynb #ee1a32f4
 def _whole_steps(T):
     "`T` as a whole number of steps, or a `UserError`."
     try: T = operator.index(T)
@@ -49,7 +49,7 @@ def _whole_steps(T):
     if T < 1: raise UserError(f"T = {T}: a schedule needs at least one step.")
     return T
 
-# %% ../nbs/02_schedule.ipynb #43da18fb
+# %% ../nbs/02_schedule.ipynb #6d6194c8
 def linear_schedule(T=1000,       # number of steps
                     beta_1=1e-4,  # beta of the first step
                     beta_T=0.02,  # beta of the last step
@@ -57,7 +57,7 @@ def linear_schedule(T=1000,       # number of steps
     "Betas on a straight line (DDPM, 2006.11239, section 4)."
     return Schedule(torch.linspace(beta_1, beta_T, _whole_steps(T), dtype=torch.float64), 'linear')
 
-# %% ../nbs/02_schedule.ipynb #5a2a6d60
+# %% ../nbs/02_schedule.ipynb #48451f4b
 def cosine_schedule(T=1000,   # number of steps
                     s=0.008,  # offset that keeps the first betas from vanishing
                    )->Schedule:
@@ -66,7 +66,7 @@ def cosine_schedule(T=1000,   # number of steps
     f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2
     return Schedule((1 - f[1:] / f[:-1]).clamp(max=0.999), 'cosine')
 
-# %% ../nbs/02_schedule.ipynb #12109d1a
+# %% ../nbs/02_schedule.ipynb #52b2f606
 def match_like(c,     # coefficient: 0-d, or [b] with one value per image
                like,  # tensor [b, ...] that `c` will multiply
               ):      # `c` with the dtype and device of `like`, shaped to broadcast over it
@@ -78,7 +78,7 @@ def match_like(c,     # coefficient: 0-d, or [b] with one value per image
         raise UserError(f"t has {len(c)} entries but the batch has shape {list(like.shape)}; give one t, or one per image.")
     return c.to(like.device, like.dtype).reshape(-1, *[1]*(like.dim() - 1))
 
-# %% ../nbs/02_schedule.ipynb #4f3e2798
+# %% ../nbs/02_schedule.ipynb #3e64cc45
 def _as_steps(t, schedule, lowest):
     "`t` as an integer tensor in [lowest, T - 1], or a `UserError`; on a GPU, entries out of range become T instead."
     t = torch.as_tensor(t)
@@ -91,7 +91,7 @@ def _as_steps(t, schedule, lowest):
                         f"T = {schedule.T} steps; count steps from 0{', -1 is the clean image' if lowest < 0 else ''}.")
     return torch.where(outside, schedule.T, t.long())
 
-# %% ../nbs/02_schedule.ipynb #5cc22ee7
+# %% ../nbs/02_schedule.ipynb #9ad1c341
 @patch
 def ab(self:Schedule,
        t,          # int, or integer tensor [b]; from -1 (clean) to T - 1
@@ -106,7 +106,7 @@ def ab(self:Schedule,
     c = self._tables[device][t]
     return c if like is None else match_like(c, like)
 
-# %% ../nbs/02_schedule.ipynb #59d010ac
+# %% ../nbs/02_schedule.ipynb #b9504280
 @patch
 def rates(self:Schedule,
           t,          # int or integer tensor [b]
@@ -118,7 +118,7 @@ def rates(self:Schedule,
     signal, noise = ab.sqrt(), (1 - ab).sqrt()
     return (signal, noise) if like is None else (match_like(signal, like), match_like(noise, like))
 
-# %% ../nbs/02_schedule.ipynb #5834a2cf
+# %% ../nbs/02_schedule.ipynb #2a4f1c37
 @patch
 def snr(self:Schedule,
         t,  # int or integer tensor [b]; -1 gives infinity

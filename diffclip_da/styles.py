@@ -7,7 +7,7 @@ __all__ = ['LUMA', 'STYLES', 'luma', 'grey', 'blur', 'paper', 'dodge', 'strokes'
            'charcoal', 'chalk', 'kuwahara', 'saturate', 'oil', 'watercolour', 'quantise', 'cartoon', 'colour_pencil',
            'pixel_art', 'halftone', 'photo', 'grayscale', 'sepia', 'negative', 'to_array', 'to_image', 'render']
 
-# %% ../nbs/16_styles.ipynb #5a3bb663
+# %% ../nbs/16_styles.ipynb #2bcb162d
 from functools import partial
 
 import numpy as np
@@ -16,7 +16,7 @@ from scipy import ndimage as ndi
 
 from .core import UserError
 
-# %% ../nbs/16_styles.ipynb #3c362d98
+# %% ../nbs/16_styles.ipynb #9c4b91b8
 LUMA = np.array([.299, .587, .114])  # weights of red, green, blue in perceived brightness (ITU-R BT.601)
 
 def luma(a): # [h, w, 3] -> [h, w]
@@ -36,12 +36,12 @@ def paper(shape, rng, grain=.04): # [h, w] with mean 0
     n = blur(rng.standard_normal(shape), .7)
     return grain * n / n.std()
 
-# %% ../nbs/16_styles.ipynb #65c85b5f
+# %% ../nbs/16_styles.ipynb #c94030c9
 def dodge(g, sigma, gamma=1.): # [h, w] in [0, 1] -> [h, w] in [0, 1]
     "Dodge blend of a brightness with its own blur: white paper, dark where the photo is darker than its surroundings."
     return (np.minimum(1, (g + .02) / (blur(g, sigma) + .02))) ** gamma
 
-# %% ../nbs/16_styles.ipynb #80397020
+# %% ../nbs/16_styles.ipynb #5b100828
 def strokes(shape, rng, angle, length, width=.6): # length and width in pixels -> [h, w], mean 0, std 1
     "Noise smeared along `angle` (radians): the hatching of a pencil, the hairs of a brush."
     v, u = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
@@ -50,7 +50,7 @@ def strokes(shape, rng, angle, length, width=.6): # length and width in pixels -
     n = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * gauss, s=shape)
     return (n - n.mean()) / (n.std() + 1e-8)
 
-# %% ../nbs/16_styles.ipynb #9bc1a554
+# %% ../nbs/16_styles.ipynb #55576dd5
 def pencil(a, rng, kind=None, # 'soft', 'strong', 'hatching' or 'tinted'; None draws one
           ):
     "A pencil sketch: dodge blend with pressure, hatching in the shadows, paper."
@@ -68,13 +68,13 @@ def pencil(a, rng, kind=None, # 'soft', 'strong', 'hatching' or 'tinted'; None d
     warm, light = rng.uniform(-.03, .13), rng.uniform(.85, 1)
     return (light * np.array([1, 1 - warm / 2, 1 - 1.5 * warm]) * d[..., None]).clip(0, 1)
 
-# %% ../nbs/16_styles.ipynb #fd616750
+# %% ../nbs/16_styles.ipynb #ea2092c6
 def stretch(g, low=2, high=98): # percentiles that become black and white
     "Spread a brightness over the whole range, so that a dark photo makes no empty drawing."
     lo, hi = np.percentile(g, (low, high))
     return ((g - lo) / (hi - lo + 1e-3)).clip(0, 1)
 
-# %% ../nbs/16_styles.ipynb #30de368e
+# %% ../nbs/16_styles.ipynb #60e86115
 def xdog(g, sigma, p=20., eps=.5, phi=10.): # [h, w] in [0, 1] -> [h, w] in [0, 1], 1 = paper
     "Extended difference of Gaussians: pen strokes along edges, black in the shadows."
     d = (1 + p) * blur(g, sigma) - p * blur(g, 1.6 * sigma)
@@ -104,7 +104,7 @@ def chalk(a, rng):
     board = np.array([[.1, .12, .1], [.12, .2, .15], [.08, .1, .16]])[rng.integers(3)] * rng.uniform(.7, 1.4)
     return (board * (1 - line) + rng.uniform(.85, 1) * line).clip(0, 1)
 
-# %% ../nbs/16_styles.ipynb #af0edb65
+# %% ../nbs/16_styles.ipynb #7e4a67d8
 def kuwahara(a, r:int): # [h, w, 3]; r = window radius in pixels
     "Mean of the least varying of the four (r + 1)-windows that meet in each pixel."
     a, box = np.pad(a, ((r, r), (r, r), (0, 0)), 'symmetric'), partial(ndi.uniform_filter, size=r + 1)
@@ -139,7 +139,7 @@ def watercolour(a, rng):
     wash = (1 / (1 + np.exp((edge - rng.uniform(.9, 1.3)) / .04)))[..., None]
     return (p * wash + (1 - wash) * .97).clip(0, 1)
 
-# %% ../nbs/16_styles.ipynb #2ff1cf0f
+# %% ../nbs/16_styles.ipynb #9bc06beb
 def quantise(a, n, offset=.5): # n >= 2 levels
     "Round to `n` levels per channel."
     return (np.floor(a * n).clip(0, n - 1) + offset) / n
@@ -174,7 +174,7 @@ def halftone(a, rng):
     screen = np.cos(k * (x * np.cos(t) + y * np.sin(t))) + np.cos(k * (y * np.cos(t) - x * np.sin(t)))  # in [-2, 2]
     return grey(1 / (1 + np.exp(-8 * (stretch(luma(a)) * 4 - 2 - screen))) * rng.uniform(.85, 1) + rng.uniform(0, .1))
 
-# %% ../nbs/16_styles.ipynb #560da515
+# %% ../nbs/16_styles.ipynb #e57ae136
 def photo(a, rng): "The photo itself."; return a
 
 def grayscale(a, rng):
@@ -190,7 +190,7 @@ def negative(a, rng):
     "A film negative: every colour replaced by its complement."
     return (1 - a) * rng.uniform(.9, 1) + rng.uniform(0, .05)
 
-# %% ../nbs/16_styles.ipynb #eda2e084
+# %% ../nbs/16_styles.ipynb #a0cc5fb4
 STYLES = dict(photo=photo, pencil=pencil, charcoal=charcoal, line_art=line_art, cartoon=cartoon, watercolour=watercolour, oil=oil,
               pixel_art=pixel_art, grayscale=grayscale, sepia=sepia, negative=negative, colour_pencil=colour_pencil, chalk=chalk, halftone=halftone)
 
@@ -204,7 +204,7 @@ def to_image(a): # [h, w, 3] in [0, 1] -> PIL
     "The drawn array as a PIL image."
     return Image.fromarray((a * 255).round().clip(0, 255).astype(np.uint8))
 
-# %% ../nbs/16_styles.ipynb #5d37fac2
+# %% ../nbs/16_styles.ipynb #2c3d2455
 def render(im, style:str,           # a photo (PIL, or array [h, w, 3] uint8 or in [0, 1]); a key of `STYLES`
            rng:np.random.Generator, # draws the style's parameters
            size:int|None=None,      # shrink the finished drawing to size x size; lines stay finer than if drawn small

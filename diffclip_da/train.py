@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'ema_update', 'training_batch', 'TrainState', 'train_step', 'NanLoss', 'train_diffusion',
            'load_training_set', 'main']
 
-# %% ../nbs/08_train.ipynb #f6218bff
+# %% ../nbs/08_train.ipynb #eaf028d7
 import argparse
 import copy
 import math
@@ -23,7 +23,7 @@ from .reverse import diffusion_loss, p2_weight
 from .schedule import Schedule, linear_schedule
 from .unet import EpsUNet, save_unet, small_unet
 
-# %% ../nbs/08_train.ipynb #292423d1
+# %% ../nbs/08_train.ipynb #01853d5c
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train the denoiser (defaults: two CPU cores, 64 px)"
@@ -34,6 +34,7 @@ class TrainConfig:
     ema: float = 0.999          # decay of the averaged weights, reached gradually
     p2_k: float = 1.            # P2 weight 1 / (k + SNR)^gamma
     p2_gamma: float = 1.        # 0: the simple objective
+    of_v: bool = False          # weigh errors of v, not of eps: 1 / alpha_bar times as much
     label_dropout: float = 0.5  # share of labels replaced by "none"
     seed: int = 0
     checkpoint_every: int = 100 # steps
@@ -41,10 +42,14 @@ class TrainConfig:
     @property
     def n_steps(self): return math.ceil(self.n_images / self.batch_size)
 
+    def weight(self, t, schedule): # of the squared error of eps at t
+        w = p2_weight(t, schedule, self.p2_k, self.p2_gamma)
+        return w / schedule.ab(t) if self.of_v else w
+
     def lr_factor(self, step): # of the peak rate, step from 0
         return min(1, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / self.n_steps)))
 
-# %% ../nbs/08_train.ipynb #9ca6de88
+# %% ../nbs/08_train.ipynb #28d717ec
 @torch.no_grad()
 def ema_update(ema: nn.Module, # the average, changed in place
                model: nn.Module, decay: float, step: int):
@@ -52,7 +57,7 @@ def ema_update(ema: nn.Module, # the average, changed in place
     d = min(decay, (1 + step) / (10 + step))
     for a, b in zip(ema.parameters(), model.parameters()): a.lerp_(b, 1 - d)
 
-# %% ../nbs/08_train.ipynb #6437ac84
+# %% ../nbs/08_train.ipynb #7991cca9
 def training_batch(images,     # [n, c, h, w] uint8
                    labels,     # [n] int64, or None
                    n_classes: int, cfg: TrainConfig, schedule: Schedule, generator):
@@ -66,7 +71,7 @@ def training_batch(images,     # [n, c, h, w] uint8
     t = torch.randint(schedule.T, (cfg.batch_size,), generator=generator)
     return x0, y, t, torch.randn(x0.shape, generator=generator)
 
-# %% ../nbs/08_train.ipynb #141f30d4
+# %% ../nbs/08_train.ipynb #0b1fc94a
 class TrainState:
     "Model, average, optimiser, schedule of the rate, generator and step: all that the next step depends on"
     def __init__(self, model: EpsUNet, cfg: TrainConfig, device='cpu'):
@@ -92,7 +97,7 @@ class TrainState:
         for k, v in self.parts.items(): v.load_state_dict(s[k])
         self.generator.set_state(s['generator'].cpu()); self.step, self.history = s['step'], s['history']
 
-# %% ../nbs/08_train.ipynb #6528858d
+# %% ../nbs/08_train.ipynb #0869c4e7
 def train_step(state: TrainState, images, labels, schedule: Schedule):
     "Draw a batch, take one optimiser step; returns the loss as a tensor"
     cfg, dev = state.cfg, state.device
@@ -100,14 +105,14 @@ def train_step(state: TrainState, images, labels, schedule: Schedule):
     x0, t, eps = x0.to(dev), t.to(dev), eps.to(dev)
     label = y if y is None else y.to(dev)
     loss = diffusion_loss(lambda x_t, t: state.model(x_t, t, label), x0, t, eps, schedule,
-                          weight=lambda t, schedule: p2_weight(t, schedule, cfg.p2_k, cfg.p2_gamma))
+                          weight=cfg.weight)
     state.opt.zero_grad(set_to_none=True); loss.backward()
     nn.utils.clip_grad_norm_(state.model.parameters(), 1.)
     state.opt.step(); state.rate.step(); state.step += 1
     ema_update(state.ema, state.model, cfg.ema, state.step)
     return loss.detach()
 
-# %% ../nbs/08_train.ipynb #de9c7535
+# %% ../nbs/08_train.ipynb #78394ecc
 class NanLoss(UserError, FloatingPointError):
     "The loss is not finite"
 
@@ -135,7 +140,7 @@ def train_diffusion(model: EpsUNet,       # trained in place
         if state.step % cfg.checkpoint_every == 0 or state.step == cfg.n_steps: _checkpoint(state, losses, path)
     return state.ema, state.history
 
-# %% ../nbs/08_train.ipynb #d7bbbeff
+# %% ../nbs/08_train.ipynb #fd4fa4b3
 def _check_training_set(model, images, labels):
     "Sizes, types and label values, before any work"
     if images.dtype != torch.uint8 or images.dim() != 4: raise UserError(f'images must be uint8 [n, c, h, w], got {images.dtype} {tuple(images.shape)}')
@@ -146,7 +151,7 @@ def _check_training_set(model, images, labels):
     if labels is None or len(labels) != len(images): raise UserError(f'{len(images)} images but {0 if labels is None else len(labels)} labels: a class-conditional model needs one each')
     if labels.min() < 0 or labels.max() >= model.n_classes: raise UserError(f'labels must lie in 0..{model.n_classes - 1}, got {labels.min().item()}..{labels.max().item()}')
 
-# %% ../nbs/08_train.ipynb #38c4f823
+# %% ../nbs/08_train.ipynb #66fc2a5b
 def load_training_set(args):
     "The command line's images as uint8 [n, 3, s, s], their labels, and the number of classes"
     if bool(args.celeba) == bool(args.images): raise UserError('give exactly one of --celeba and --images')
@@ -174,5 +179,5 @@ def main(argv=None) -> int:
     print(f'wrote {Path(args.out) / "model"}')
     return 0
 
-# %% ../nbs/08_train.ipynb #27ff2113
+# %% ../nbs/08_train.ipynb #95e6151c
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

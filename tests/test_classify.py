@@ -1,0 +1,120 @@
+"The classifier: its size, its training, what it refuses, and that no test set has a say in anything."
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+
+from diffclip_da.classify import (CLASSIFIERS, PaperCNN, SmallCNN, at_epoch, check_labelled, evaluate, new_classifier, predict, score,
+                                  selected_epoch, train_classifier)
+from diffclip_da.core import UserError
+
+
+def blobs(n, seed=0, size=16, gap=.8):
+    "Noise, brighter for class 1."
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 2
+    return .3 * torch.randn(n, 3, size, size, generator=g) + gap * (y - .5)[:, None, None, None], y
+
+
+def test_paper_cnn_has_the_papers_size():
+    count = lambda m: sum(p.numel() for p in m.parameters())
+    with torch.device('meta'): m = PaperCNN(256)
+    assert count(m) == 67_203_137 and count(m.fc1) / count(m) > .998
+    assert count(PaperCNN(64)) == 4_288_577
+    assert count(SmallCNN()) < 100_000
+
+
+@pytest.mark.parametrize('size', [0, 4, 60])
+def test_sizes_that_three_poolings_do_not_divide_are_refused(size):
+    with pytest.raises(UserError, match='multiple of 8'): PaperCNN(size)
+
+
+def test_images_of_another_size_are_refused():
+    with pytest.raises(UserError, match=r'size=16.*\[3, 24, 24\]'): PaperCNN(16)(torch.zeros(1, 3, 24, 24))
+
+
+@pytest.mark.parametrize('model', CLASSIFIERS)
+def test_it_learns_and_repeats_itself_bit_for_bit(model):
+    data, test = blobs(64), blobs(40, 1)
+    state = torch.get_rng_state()
+    net, h = train_classifier(data, dict(t=test), blobs(20, 2), epochs=3, batch_size=8, model=model)
+    assert torch.equal(torch.get_rng_state(), state), 'the global random state was touched'
+    torch.rand(5)
+    _, again = train_classifier(data, dict(t=test), blobs(20, 2), epochs=3, batch_size=8, model=model)
+    pd.testing.assert_frame_equal(h, again, check_exact=True)
+    _, other = train_classifier(data, dict(t=test), blobs(20, 2), epochs=3, batch_size=8, model=model, seed=1)
+    assert not h.loss.equals(other.loss)
+    assert at_epoch(h).accuracy['t'] > .9
+    assert h.groupby('split').epoch.apply(list).to_dict() == {s: [1, 2, 3] for s in ('train', 'valid', 't')}
+    assert not net.training and ((predict(net, test[0]) > .5).long() == test[1]).float().mean().item() == pytest.approx(at_epoch(h).accuracy['t'])
+
+
+def test_evaluate_is_the_mean_cross_entropy():
+    net, (x, y) = new_classifier('paper', 16), blobs(10)
+    with torch.no_grad(): p = net(x).sigmoid().double()
+    want = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    assert evaluate(net, x, y)['loss'] == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_loss_of_a_sure_and_wrong_logit_is_finite():
+    class Sure(torch.nn.Module):
+        def forward(self, x): return torch.full((len(x),), -500.)
+    assert evaluate(Sure(), torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))['loss'] == 250
+
+
+def test_score_by_hand():
+    got = score([0, 0, 0, 1], [.1, .2, .9, .8])
+    assert got['accuracy'] == .75 and got['balanced_accuracy'] == pytest.approx(5 / 6) and got['auroc'] == pytest.approx(2 / 3)
+    one = score([1, 1], [.9, .1])
+    assert one['accuracy'] == .5 and np.isnan(one['auroc'])
+
+
+x8, y8 = blobs(8, size=8)
+
+
+@pytest.mark.parametrize('x, y, message', [
+    (x8, y8[:5], '8 images but labels of shape'),
+    (x8[:0], y8[:0], 'no images'),
+    (x8, torch.zeros(8), 'all 8 labels are 0'),
+    (x8, torch.arange(8), 'two classes are expected'),
+    (x8[0], y8, 'images have shape'),
+    (torch.where(torch.arange(8).view(8, 1, 1, 1) == 3, torch.nan, x8), y8, '1 images hold NaN.*number 3'),
+])
+def test_bad_sets_are_refused_by_name(x, y, message):
+    with pytest.raises(UserError, match=f'portraits: .*{message}'): check_labelled(x, y, 'portraits')
+    with pytest.raises(UserError, match='test_target: '): train_classifier((x8, y8), dict(test_target=(x, y)), epochs=1)
+
+
+def test_settings_that_cannot_work_are_refused():
+    with pytest.raises(UserError, match='a batch of 1 has no variance'): train_classifier((x8, y8), {}, epochs=1, batch_size=1, model='small')
+    with pytest.raises(UserError, match='at least 1'): train_classifier((x8, y8), {}, epochs=0)
+    with pytest.raises(UserError, match="no classifier 'big'.*paper, small"): new_classifier('big')
+    with pytest.raises(UserError, match='lower lr=1e'): train_classifier((x8, y8), {}, epochs=3, batch_size=4, lr=1e30)
+
+
+def test_a_last_batch_of_one_joins_the_one_before():
+    x, y = blobs(9, size=16)
+    _, h = train_classifier((x, y), {}, epochs=1, batch_size=4, model='small')
+    assert np.isfinite(h.loss).all()
+    seen = []
+    def spy(x, generator): seen.append(len(x)); return x
+    train_classifier((x, y), {}, epochs=1, batch_size=4, augment=spy)
+    assert seen == [4, 5]
+    train_classifier((x, y), {}, epochs=1, batch_size=1)   # without BatchNorm a batch of one is fine
+
+
+def test_augmentation_draws_from_the_runs_own_generator():
+    def noisy(x, generator): return x + torch.randn(x.shape, generator=generator)
+    runs = [train_classifier((x8, y8), {}, epochs=2, batch_size=4, augment=noisy)[1] for _ in range(2)]
+    assert runs[0].equals(runs[1])
+    assert not runs[0].loss.equals(train_classifier((x8, y8), {}, epochs=2, batch_size=4)[1].loss)
+
+
+def test_the_epoch_is_chosen_on_validation_alone():
+    h = pd.DataFrame([dict(epoch=e, split=s, accuracy=a) for s, accs in dict(valid=[.5, .8, .7, .8], test_target=[.9, .1, .9, .9]).items()
+                      for e, a in enumerate(accs, 1)])
+    assert selected_epoch(h) == 2
+    assert selected_epoch(h.assign(accuracy=h.accuracy.where(h.split == 'valid', 1 - h.accuracy))) == 2
+    with pytest.raises(UserError, match="no 'valid' rows"): selected_epoch(h[h.split != 'valid'])
+    with pytest.raises(UserError, match='epoch 9 is not in the history, which has 1 to 4'): at_epoch(h, 9)
