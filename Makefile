@@ -38,8 +38,22 @@ test: $(STAMP) ## every notebook (nbdev_test), then the test suite
 check: $(STAMP) ## notebooks clean, package in sync with them, nothing stale
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_sync.py
 
+verify: $(STAMP) ## compare figures/$(PROFILE)/*.json with the committed ones, within their tolerances
+	@mkdir -p runs
+	@for n in 2 3 4; do \
+	  git show HEAD:figures/$(PROFILE)/figure$$n.json > runs/committed.json && \
+	  $(BIN)/python -m diffclip_da.experiment compare figures/$(PROFILE)/figure$$n.json runs/committed.json || exit 1; \
+	done
+
 lab: $(STAMP) ## JupyterLab on the notebooks
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter lab --notebook-dir=nbs
+
+assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, into $(OUT)
+	@test -n "$(CELEBA)" -a -n "$(FS2K)" -a -n "$(TEACHER)" || { echo "give CELEBA=folder FS2K=folder TEACHER=mobilefacenet.pt"; exit 2; }
+	$(BIN)/python -m diffclip_da.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v
+	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out $(OUT)/clip --work $(OUT)/train_clip
+	$(BIN)/python -m diffclip_da.train_embedder --celeba "$(CELEBA)" --teacher "$(TEACHER)" --out $(OUT)/embedder
+	$(BIN)/python -m diffclip_da.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --out $(OUT)
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --wheel

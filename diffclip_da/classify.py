@@ -6,7 +6,7 @@
 __all__ = ['CLASSIFIERS', 'PaperCNN', 'SmallCNN', 'new_classifier', 'check_labelled', 'score', 'logits_of', 'evaluate', 'predict',
            'train_epoch', 'train_classifier', 'at_epoch', 'selected_epoch']
 
-# %% ../nbs/14_classify.ipynb #b31cb03e
+# %% ../nbs/14_classify.ipynb #27c9e9fa
 import math
 from typing import Callable
 
@@ -19,7 +19,7 @@ from torch import nn
 
 from .core import UserError, new_generator, progress
 
-# %% ../nbs/14_classify.ipynb #6ddd824a
+# %% ../nbs/14_classify.ipynb #79524675
 class PaperCNN(nn.Module):
     "The paper's classifier, section 'Experiments': three convolutions with max-pooling, two fully connected layers, one logit."
     def __init__(self, size:int=64, # sides of the images in pixels, a multiple of 8
@@ -39,7 +39,7 @@ class PaperCNN(nn.Module):
             raise UserError(f'PaperCNN(size={self.size}) got images {list(x.shape[1:])}; it takes [3, {self.size}, {self.size}]')
         return self.fc2(F.relu(self.fc1(self.features(x).flatten(1)))).squeeze(1)
 
-# %% ../nbs/14_classify.ipynb #a59cdac0
+# %% ../nbs/14_classify.ipynb #a63197a7
 class SmallCNN(nn.Module):
     "Convolutions with BatchNorm, then global average pooling: a hundredth of `PaperCNN`'s parameters, and images of any size."
     def __init__(self, size:int|None=None, # taken so that both networks are made alike; any size works
@@ -56,7 +56,7 @@ class SmallCNN(nn.Module):
     def forward(self, x): # [b, 3, h, w] in [-1, 1] -> logits [b]
         return self.fc(self.dropout(self.features(x).mean((2, 3)))).squeeze(1)
 
-# %% ../nbs/14_classify.ipynb #313fa38d
+# %% ../nbs/14_classify.ipynb #27fe33eb
 CLASSIFIERS = dict(paper=PaperCNN, small=SmallCNN)
 
 def new_classifier(model='paper', # 'paper', 'small', or a callable size -> module
@@ -69,7 +69,7 @@ def new_classifier(model='paper', # 'paper', 'small', or a callable size -> modu
         torch.manual_seed(seed)
         return make(size)
 
-# %% ../nbs/14_classify.ipynb #a004ac31
+# %% ../nbs/14_classify.ipynb #d0b70952
 def check_labelled(x:torch.Tensor, y, # images [n, 3, h, w]; labels [n], 0 or 1
                    name:str='set', # what messages call it
                   ) -> tuple: # float32 images (channels last, which CPUs like), float32 labels
@@ -87,7 +87,7 @@ def check_labelled(x:torch.Tensor, y, # images [n, 3, h, w]; labels [n], 0 or 1
         raise UserError(f'{name}: {len(bad)} images hold NaN or infinite values, the first is number {bad[0]}; make them anew')
     return x.float().contiguous(memory_format=torch.channels_last), y.float()
 
-# %% ../nbs/14_classify.ipynb #b6369387
+# %% ../nbs/14_classify.ipynb #475c98b4
 def score(y, # labels [n], 0 or 1
           p, # probabilities of class 1 [n]
          ) -> dict: # fractions
@@ -99,7 +99,7 @@ def score(y, # labels [n], 0 or 1
                 balanced_accuracy=float((y == hit).mean() if one_class else balanced_accuracy_score(y, hit)),
                 auroc=math.nan if one_class else float(roc_auc_score(y, p)))
 
-# %% ../nbs/14_classify.ipynb #02ad0367
+# %% ../nbs/14_classify.ipynb #3e85a3fb
 @torch.inference_mode()
 def logits_of(model:nn.Module, x:torch.Tensor, # images [n, 3, h, w]
               device='cpu',
@@ -119,12 +119,12 @@ def evaluate(model:nn.Module, x, y, # images; labels [n] 0 or 1
     loss = F.binary_cross_entropy_with_logits(z, torch.as_tensor(y).float()).item()
     return dict(loss=loss, **score(y, z.double().sigmoid()))
 
-# %% ../nbs/14_classify.ipynb #7da9dde8
+# %% ../nbs/14_classify.ipynb #a4183bf1
 def predict(model:nn.Module, x:torch.Tensor, device='cpu') -> torch.Tensor:
     "Probability of class 1 for each image, [n]."
     return logits_of(model, x, device).sigmoid()
 
-# %% ../nbs/14_classify.ipynb #d29ca508
+# %% ../nbs/14_classify.ipynb #c6529692
 def train_epoch(model:nn.Module, x, y, opt, # images; float labels; a torch optimiser
                 batch_size:int, generator:torch.Generator, # decides the order
                 augment:Callable|None=None, # (images [b, 3, h, w], generator) -> images of the same shape
@@ -143,7 +143,7 @@ def train_epoch(model:nn.Module, x, y, opt, # images; float labels; a torch opti
         loss.backward()
         opt.step()
 
-# %% ../nbs/14_classify.ipynb #fa22578d
+# %% ../nbs/14_classify.ipynb #e4de17ba
 def train_classifier(train:tuple, tests:dict, valid:tuple|None=None, # (x, y); name -> (x, y); (x, y) for choosing an epoch
                      epochs:int=10, batch_size:int=32, lr:float=1e-3, seed:int=0, # seed of first weights and order
                      model='paper', # see `new_classifier`
@@ -166,7 +166,7 @@ def train_classifier(train:tuple, tests:dict, valid:tuple|None=None, # (x, y); n
         rows += [dict(epoch=epoch, split=name, **evaluate(net, *s, device)) for name, s in sets.items()]
     return net.eval(), pd.DataFrame(rows)
 
-# %% ../nbs/14_classify.ipynb #2573e240
+# %% ../nbs/14_classify.ipynb #572862c1
 def at_epoch(history:pd.DataFrame, epoch:int|None=None # None: the last
             ) -> pd.DataFrame: # indexed by split
     "The rows of one epoch."
@@ -175,7 +175,7 @@ def at_epoch(history:pd.DataFrame, epoch:int|None=None # None: the last
     if rows.empty: raise UserError(f'epoch {epoch} is not in the history, which has {history.epoch.min()} to {history.epoch.max()}')
     return rows
 
-# %% ../nbs/14_classify.ipynb #385b05d7
+# %% ../nbs/14_classify.ipynb #748167b3
 def selected_epoch(history:pd.DataFrame, # from `train_classifier` with `valid`
                   ) -> int:
     "The earliest epoch of the best validation accuracy. Test rows are never looked at."

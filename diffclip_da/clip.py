@@ -6,7 +6,7 @@
 __all__ = ['TEMPLATES', 'PREPROCESS', 'TINY', 'fill', 'check_prompts', 'Clip', 'fit_image', 'tokenize', 'new_clip', 'tiny_clip',
            'ClipEnsemble', 'load_clip', 'class_features', 'zero_shot']
 
-# %% ../nbs/09_clip.ipynb #39ee1793
+# %% ../nbs/09_clip.ipynb #f8a40827
 import difflib, logging, warnings
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from .core import UserError, asset_dir, asset_file, check_sha256, load_card, read_json, sha256_file, state_hash
 
-# %% ../nbs/09_clip.ipynb #f05137d5
+# %% ../nbs/09_clip.ipynb #3407a764
 TEMPLATES = tuple(f'{lead} {{}}{tail}' for lead, tail in [
     ('this is', ''), ('here is', ''), ('an image of', ''), ('a picture of', ''), ('the look of', ''), ('a view of', ''),
     ('a good example of', ''), ('a clear example of', ''), ('one example of', ''), ('a small image of', ''),
@@ -26,7 +26,7 @@ TEMPLATES = tuple(f'{lead} {{}}{tail}' for lead, tail in [
     ('an image that looks like', ''), ('a picture in the manner of', ''), ('what you see is', ''),
     ('somebody made', ''), ('somebody showed me', ''), ('I am looking at', ''), ('there is', ' here')])
 
-# %% ../nbs/09_clip.ipynb #bc6acd68
+# %% ../nbs/09_clip.ipynb #2df12bbc
 def fill(template:str, # holds one '{}'
          prompt:str,   # 'sketch', 'a pencil sketch', 'the face of a woman'
         ) -> str:
@@ -38,7 +38,7 @@ def fill(template:str, # holds one '{}'
 
 _DETERMINERS = frozenset('a an the this that these those some many one two my your his her its their no'.split())
 
-# %% ../nbs/09_clip.ipynb #50726601
+# %% ../nbs/09_clip.ipynb #cdc6f8d9
 def check_prompts(texts, # one prompt or a list of them
                  ) -> list[str]:
     "The prompts as a list; `UserError` for an empty list, a blank prompt or something that is no text."
@@ -49,7 +49,7 @@ def check_prompts(texts, # one prompt or a list of them
         if not t.strip(): raise UserError(f'prompt {i} is blank; write what the picture should look like, such as "a pencil sketch"')
     return texts
 
-# %% ../nbs/09_clip.ipynb #bb09f0fe
+# %% ../nbs/09_clip.ipynb #6371445f
 class Clip(nn.Module):
     "An open_clip model, frozen, with unit-norm features and gradients to the pixels."
     def __init__(self, model, # an open_clip `CLIP`; its `visual.preprocess_cfg` gives mean and std
@@ -78,7 +78,7 @@ class Clip(nn.Module):
         with torch.no_grad(): e = F.normalize(self.model.encode_text(tokens), dim=-1)
         return F.normalize(e.view(len(texts), len(templates), -1).mean(1), dim=-1)
 
-# %% ../nbs/09_clip.ipynb #ba9634c4
+# %% ../nbs/09_clip.ipynb #db34dc45
 def fit_image(x, size:int): # [b, 3, h, w] -> [b, 3, size, size]
     "Centre crop to a square, then antialiased bicubic resize; nothing happens to an image that fits."
     if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'CLIP takes images [b, 3, h, w] in [-1, 1], got shape {list(x.shape)}')
@@ -86,7 +86,7 @@ def fit_image(x, size:int): # [b, 3, h, w] -> [b, 3, size, size]
     x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
     return x if s == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True, align_corners=False)
 
-# %% ../nbs/09_clip.ipynb #b512dc96
+# %% ../nbs/09_clip.ipynb #03e1ea91
 def tokenize(self, texts:list[str]): # [n, context] token ids on the model's device
     "Token ids of finished sentences; `UserError` for one that the model would have to cut."
     ids = self.tokenizer(texts)
@@ -97,7 +97,7 @@ def tokenize(self, texts:list[str]): # [n, context] token ids on the model's dev
     return ids.to(self.mean.device)
 Clip.tokenize = tokenize
 
-# %% ../nbs/09_clip.ipynb #a60b2a9e
+# %% ../nbs/09_clip.ipynb #e42e27a1
 PREPROCESS = dict(mean=[.5, .5, .5], std=[.5, .5, .5], interpolation='bicubic', resize_mode='shortest')  # of the project's own models
 
 def new_clip(config:dict, seed=0): # an open_clip model configuration with integers for image and text -> (model, tokenizer)
@@ -116,7 +116,7 @@ def tiny_clip(seed=0) -> Clip:
     model, tokenizer = new_clip(TINY, seed)
     return Clip(model, tokenizer, dict(name='tiny', sha256=state_hash(model), provenance='random'))
 
-# %% ../nbs/09_clip.ipynb #c8519791
+# %% ../nbs/09_clip.ipynb #b93b1606
 class ClipEnsemble(nn.Module):
     "Several `Clip`s behind the same interface: a cosine of its features is the mean of the members' cosines."
     def __init__(self, members:list[Clip]):
@@ -132,7 +132,7 @@ class ClipEnsemble(nn.Module):
     def encode_image(self, x): return self._join([m.encode_image(x) for m in self.members])
     def encode_text(self, texts, templates=TEMPLATES): return self._join([m.encode_text(texts, templates) for m in self.members])
 
-# %% ../nbs/09_clip.ipynb #42518055
+# %% ../nbs/09_clip.ipynb #acc84e76
 def load_clip(name='shipped', # 'shipped', a folder, an open_clip name such as 'ViT-B-16', 'hf-hub:...', or a list of these
               pretrained:str|None=None, # tag or weights file for an open_clip name; None: OpenAI's; 'random' for tests
               device='cpu') -> 'Clip|ClipEnsemble':
@@ -143,14 +143,14 @@ def load_clip(name='shipped', # 'shipped', a folder, an open_clip name such as '
         for f in load_card('clip')['files']: asset_file('clip', f)  # checks the hash
         clip = _load_folder(asset_dir('clip'), load_card('clip').get('name', 'diffclip-small'), 'shipped')
     elif name in open_clip.list_models() or name.startswith('hf-hub:'): clip = _load_named(name, pretrained)
-    elif Path(name).is_dir(): clip = _load_folder(Path(name), Path(name).resolve().name, 'published')
+    elif name and Path(name).is_dir(): clip = _load_folder(Path(name), Path(name).resolve().name, 'published')
     else:
         near = difflib.get_close_matches(name, open_clip.list_models(), 3, .5)
         raise UserError(f'{name!r} is neither a folder nor a model that open_clip knows' + (f' (nearest: {", ".join(near)})' if near else '')
                         + "; use 'shipped', a folder holding open_clip_config.json and its weights, or a name from open_clip.list_models()")
     return clip.to(device)
 
-# %% ../nbs/09_clip.ipynb #e394a102
+# %% ../nbs/09_clip.ipynb #b6025672
 _WEIGHTS = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'model.safetensors', 'open_clip_pytorch_model.bin')
 
 def _load_folder(folder:Path, name:str, provenance:str) -> Clip:
@@ -165,7 +165,7 @@ def _load_folder(folder:Path, name:str, provenance:str) -> Clip:
         except Exception as e: raise UserError(f'{weights} does not fit {folder/"open_clip_config.json"}: {str(e)[:300]}') from None
         return Clip(model, open_clip.get_tokenizer(f'local-dir:{folder}'), dict(name=name, sha256=sha256_file(weights), provenance=provenance))
 
-# %% ../nbs/09_clip.ipynb #615204e9
+# %% ../nbs/09_clip.ipynb #0e6eb0ea
 def _load_named(name:str, pretrained:str|None) -> Clip:
     "A CLIP that open_clip knows by name; `pretrained` is a tag, a weights file or 'random'."
     hub, tags = name.startswith('hf-hub:'), open_clip.list_pretrained_tags_by_model(name)
@@ -185,7 +185,7 @@ def _load_named(name:str, pretrained:str|None) -> Clip:
                 provenance='random' if pretrained == 'random' else 'published')
     return Clip(model, tokenizer, info)
 
-# %% ../nbs/09_clip.ipynb #1e24ca3f
+# %% ../nbs/09_clip.ipynb #94aa3255
 class _quiet:
     "open_clip's log lines and warnings off: whatever matters becomes a `UserError`."
     def __enter__(self):
@@ -193,7 +193,7 @@ class _quiet:
         logging.disable(logging.ERROR); self.warn.__enter__(); warnings.simplefilter('ignore')
     def __exit__(self, *exc): logging.disable(self.level); self.warn.__exit__(*exc)
 
-# %% ../nbs/09_clip.ipynb #e605f4ef
+# %% ../nbs/09_clip.ipynb #a1c9b5c7
 def class_features(clip, prompts_per_class, # one prompt, or a list of prompts, for each of the k classes
                    templates=None,          # the prompts as they are, or put in templates first
                   ) -> torch.Tensor:        # [k, d] unit norm

@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'ema_update', 'training_batch', 'TrainState', 'train_step', 'NanLoss', 'train_diffusion',
            'load_training_set', 'main']
 
-# %% ../nbs/08_train.ipynb #eaf028d7
+# %% ../nbs/08_train.ipynb #03b6f45f
 import argparse
 import copy
 import math
@@ -21,9 +21,9 @@ from .core import UserError, atomic_write, default_device, friendly_exit, progre
 from .data import celeba, image_folder
 from .reverse import diffusion_loss, p2_weight
 from .schedule import Schedule, linear_schedule
-from .unet import EpsUNet, save_unet, small_unet
+from .unet import EpsUNet, load_unet, save_unet, small_unet
 
-# %% ../nbs/08_train.ipynb #01853d5c
+# %% ../nbs/08_train.ipynb #c3b41dfc
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train the denoiser (defaults: two CPU cores, 64 px)"
@@ -49,7 +49,7 @@ class TrainConfig:
     def lr_factor(self, step): # of the peak rate, step from 0
         return min(1, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / self.n_steps)))
 
-# %% ../nbs/08_train.ipynb #28d717ec
+# %% ../nbs/08_train.ipynb #59b87027
 @torch.no_grad()
 def ema_update(ema: nn.Module, # the average, changed in place
                model: nn.Module, decay: float, step: int):
@@ -57,7 +57,7 @@ def ema_update(ema: nn.Module, # the average, changed in place
     d = min(decay, (1 + step) / (10 + step))
     for a, b in zip(ema.parameters(), model.parameters()): a.lerp_(b, 1 - d)
 
-# %% ../nbs/08_train.ipynb #7991cca9
+# %% ../nbs/08_train.ipynb #d7e9c812
 def training_batch(images,     # [n, c, h, w] uint8
                    labels,     # [n] int64, or None
                    n_classes: int, cfg: TrainConfig, schedule: Schedule, generator):
@@ -71,7 +71,7 @@ def training_batch(images,     # [n, c, h, w] uint8
     t = torch.randint(schedule.T, (cfg.batch_size,), generator=generator)
     return x0, y, t, torch.randn(x0.shape, generator=generator)
 
-# %% ../nbs/08_train.ipynb #0b1fc94a
+# %% ../nbs/08_train.ipynb #3184ce62
 class TrainState:
     "Model, average, optimiser, schedule of the rate, generator and step: all that the next step depends on"
     def __init__(self, model: EpsUNet, cfg: TrainConfig, device='cpu'):
@@ -97,7 +97,7 @@ class TrainState:
         for k, v in self.parts.items(): v.load_state_dict(s[k])
         self.generator.set_state(s['generator'].cpu()); self.step, self.history = s['step'], s['history']
 
-# %% ../nbs/08_train.ipynb #0869c4e7
+# %% ../nbs/08_train.ipynb #5d99ecae
 def train_step(state: TrainState, images, labels, schedule: Schedule):
     "Draw a batch, take one optimiser step; returns the loss as a tensor"
     cfg, dev = state.cfg, state.device
@@ -112,7 +112,7 @@ def train_step(state: TrainState, images, labels, schedule: Schedule):
     ema_update(state.ema, state.model, cfg.ema, state.step)
     return loss.detach()
 
-# %% ../nbs/08_train.ipynb #78394ecc
+# %% ../nbs/08_train.ipynb #853b1fab
 class NanLoss(UserError, FloatingPointError):
     "The loss is not finite"
 
@@ -140,7 +140,7 @@ def train_diffusion(model: EpsUNet,       # trained in place
         if state.step % cfg.checkpoint_every == 0 or state.step == cfg.n_steps: _checkpoint(state, losses, path)
     return state.ema, state.history
 
-# %% ../nbs/08_train.ipynb #fd4fa4b3
+# %% ../nbs/08_train.ipynb #6ba51948
 def _check_training_set(model, images, labels):
     "Sizes, types and label values, before any work"
     if images.dtype != torch.uint8 or images.dim() != 4: raise UserError(f'images must be uint8 [n, c, h, w], got {images.dtype} {tuple(images.shape)}')
@@ -151,7 +151,7 @@ def _check_training_set(model, images, labels):
     if labels is None or len(labels) != len(images): raise UserError(f'{len(images)} images but {0 if labels is None else len(labels)} labels: a class-conditional model needs one each')
     if labels.min() < 0 or labels.max() >= model.n_classes: raise UserError(f'labels must lie in 0..{model.n_classes - 1}, got {labels.min().item()}..{labels.max().item()}')
 
-# %% ../nbs/08_train.ipynb #66fc2a5b
+# %% ../nbs/08_train.ipynb #b04ea956
 def load_training_set(args):
     "The command line's images as uint8 [n, 3, s, s], their labels, and the number of classes"
     if bool(args.celeba) == bool(args.images): raise UserError('give exactly one of --celeba and --images')
@@ -168,16 +168,20 @@ def main(argv=None) -> int:
     p.add_argument('--celeba', help='CelebA folder; its training partition is used'); p.add_argument('--images', help='any folder of images')
     p.add_argument('--out', required=True, help='folder for checkpoint.pt and model/'); p.add_argument('--image-size', type=int, default=64)
     p.add_argument('--n-images', type=int, default=TrainConfig.n_images, help='images to see in all'); p.add_argument('--batch-size', type=int, default=TrainConfig.batch_size)
+    p.add_argument('--v', action='store_true', help='predict velocity (notebook 07), better for short trainings; and weigh its error by 1 / (1 + SNR)^0.5')
+    p.add_argument('--init', help='start from this U-Net: "shipped" or a folder; its classes must fit')
     p.add_argument('--lr', type=float, default=TrainConfig.lr); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', default=None, help='cpu, cuda, mps; the best one by default')
     args = p.parse_args(argv)
     x, labels, n_classes = load_training_set(args)
     torch.manual_seed(args.seed)
-    cfg = TrainConfig(n_images=args.n_images, batch_size=args.batch_size, lr=args.lr, seed=args.seed)
-    model, _ = train_diffusion(small_unet(args.image_size, n_classes=n_classes), x, labels, linear_schedule(), cfg, args.out, args.device or default_device())
+    cfg = TrainConfig(n_images=args.n_images, batch_size=args.batch_size, lr=args.lr, seed=args.seed, **(dict(of_v=True, p2_gamma=0.5) if args.v else {}))
+    model = small_unet(args.image_size, n_classes=n_classes, v_schedule=linear_schedule() if args.v else None)
+    if args.init: model.load_state_dict(load_unet(args.init).state_dict())
+    model, _ = train_diffusion(model, x, labels, linear_schedule(), cfg, args.out, args.device or default_device())
     save_unet(model, Path(args.out) / 'model', torch.float16)
     print(f'wrote {Path(args.out) / "model"}')
     return 0
 
-# %% ../nbs/08_train.ipynb #95e6151c
+# %% ../nbs/08_train.ipynb #2368942a
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

@@ -10,7 +10,7 @@ __all__ = ['STYLE_NAMES', 'STYLE_WEIGHTS', 'STYLE_WORDS', 'AMBIGUOUS', 'ATTRIBUT
            'draw_batch', 'text_meaning', 'clip_loss', 'learning_rate', 'train_clip', 'load_checkpoint', 'save_clip',
            'attribute_prompts', 'accuracy', 'features_of', 'measure_styles', 'measure_clip', 'write_card', 'main']
 
-# %% ../nbs/17_train_clip.ipynb #58212faa
+# %% ../nbs/17_train_clip.ipynb #8a512964
 import argparse, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from .core import UserError, atomic_write, canonical_hash, friendly_exit, from_p
 from .data import CELEBA_CROP, celeba, fs2k
 from .styles import STYLES, render
 
-# %% ../nbs/17_train_clip.ipynb #e9a1468e
+# %% ../nbs/17_train_clip.ipynb #dc0919a2
 STYLE_NAMES = tuple(STYLES)
 STYLE_WEIGHTS = dict(photo=3, pencil=4, line_art=2, charcoal=1.5)  # how often a style is drawn, relative to the others
 
@@ -47,7 +47,7 @@ def draw_round(image_set, r:int, size=80, at=112, seed=0, # the round; stored si
         out[i] = render(im, STYLE_NAMES[style[i]], rng, size)
     return out, style
 
-# %% ../nbs/17_train_clip.ipynb #afc59b8e
+# %% ../nbs/17_train_clip.ipynb #5b4a8899
 def cached_round(image_set, r:int, cache, **kwargs) -> tuple[np.ndarray, np.ndarray]:
     "`draw_round` from the folder `cache`, drawn and written there if missing; the images come back as a memory map."
     path = Path(cache)/f'round{r}-{canonical_hash([image_set.name, len(image_set), sorted(kwargs.items())])}'
@@ -58,7 +58,7 @@ def cached_round(image_set, r:int, cache, **kwargs) -> tuple[np.ndarray, np.ndar
             with atomic_write(f) as h: np.save(h, a)
     return np.load(files[1], mmap_mode='r'), np.load(files[0])
 
-# %% ../nbs/17_train_clip.ipynb #6f2d9c14
+# %% ../nbs/17_train_clip.ipynb #61bc8525
 STYLE_WORDS = dict( # style: (seen wordings, unseen wordings)
     photo=(('a photo', 'a photograph', 'a colour photo', 'a color photo', 'a real photo', 'a snapshot', 'a photo taken with a camera'),
            ('a real photograph', 'a colour photograph taken with a camera')),
@@ -84,7 +84,7 @@ STYLE_WORDS = dict( # style: (seen wordings, unseen wordings)
 AMBIGUOUS = {w: ('charcoal', 'line_art', 'colour_pencil', 'chalk', 'cartoon') # also true of these, more or less: such pairs are left out of the loss
              for w in ('a drawing', 'a sketch', 'a hand drawn sketch', 'a rough sketch', 'a sketch by an artist')}
 
-# %% ../nbs/17_train_clip.ipynb #0f91fe86
+# %% ../nbs/17_train_clip.ipynb #6fb967b3
 ATTRIBUTE_WORDS = {k: tuple(tuple(w.strip() for w in side.split(',')) for side in v.split('|')) for k, v in dict(
     Male='man, gentleman, guy, male person, male | woman, lady, female person, female, girl',
     Smiling='smiling, with a smile, who smiles, with a happy smile | serious, who does not smile, without a smile, with a serious look',
@@ -111,7 +111,7 @@ ATTRIBUTE_WORDS = {k: tuple(tuple(w.strip() for w in side.split(',')) for side i
 ATTRIBUTES = tuple(ATTRIBUTE_WORDS)
 UNSEEN_GENDER = (('the portrait of a male', 'the head of a guy'), ('the portrait of a female', 'the head of a lady'))
 
-# %% ../nbs/17_train_clip.ipynb #fb540d8b
+# %% ../nbs/17_train_clip.ipynb #7db22038
 _AFTER = ('with', 'without', 'who', 'whose', 'in')
 
 def describe(noun:str, words) -> str: # 'man', ['young', 'with glasses'] -> 'a young man with glasses'
@@ -126,7 +126,7 @@ def person(attributes:dict, rng) -> str: # attribute -> True or False
     noun = words.pop('Male', None) or str(rng.choice(['person', 'face', 'human face', 'person']))
     return describe(noun, list(words.values()))
 
-# %% ../nbs/17_train_clip.ipynb #2e97a005
+# %% ../nbs/17_train_clip.ipynb #02a80e3a
 @dataclass
 class Caption:
     "A caption and what has to be true of a picture for it to be right."
@@ -153,7 +153,7 @@ def draw_attributes(known:dict, rng) -> list[str]:
     said = list(rng.choice(names, n, replace=False, p=p / p.sum())) if n else []
     return said + ['Male'] * ('Male' in known and (rng.random() < .7 or not said))
 
-# %% ../nbs/17_train_clip.ipynb #0600b917
+# %% ../nbs/17_train_clip.ipynb #cec449b8
 def mentions(captions:list[Caption]) -> torch.Tensor: # -> [m, len(ATTRIBUTES)] 1 says yes, -1 says no, 0 does not say
     "What captions say about attributes."
     said = torch.zeros(len(captions), len(ATTRIBUTES))
@@ -174,7 +174,7 @@ def truth(captions:list[Caption], style, # [b] index of each picture's style
     unknown = ((a == 0).float() @ said.abs().T > 0) | (style_ok < 0)
     return torch.where(wrong | (style_ok == 0), 0., torch.where(unknown, -1., 1.))
 
-# %% ../nbs/17_train_clip.ipynb #2d48e957
+# %% ../nbs/17_train_clip.ipynb #509d0a1b
 def contrastive_loss(logits, P): # [b, m] both; P as from `truth`
     "Multi-positive InfoNCE over rows and columns, with unknown pairs left out."
     total = 0.
@@ -183,7 +183,7 @@ def contrastive_loss(logits, P): # [b, m] both; P as from `truth`
         total = total - ((logp * t).sum(-1) / n.clamp(min=1))[n > 0].mean() / 2
     return total
 
-# %% ../nbs/17_train_clip.ipynb #66b4b4de
+# %% ../nbs/17_train_clip.ipynb #8c454b58
 def probe_texts(rng, which) -> list[str]: # indices into ATTRIBUTES
     "One wording for each style, then two (yes, no) for each attribute of `which`."
     words = [rng.choice([w for w in STYLE_WORDS[s][0] if w not in AMBIGUOUS]) for s in STYLE_NAMES]
@@ -202,7 +202,7 @@ def probe_loss(logits, style, attributes, rate): # [b, 14 + 2k] as `probe_texts`
     rest = logits[:, len(STYLE_NAMES):]
     return F.cross_entropy(logits[:, :len(STYLE_NAMES)], style), balanced_bce(rest[:, 0::2] - rest[:, 1::2], attributes, rate)
 
-# %% ../nbs/17_train_clip.ipynb #fcd1edb7
+# %% ../nbs/17_train_clip.ipynb #252308bb
 class Anchors(torch.nn.Module):
     "A learned vector for each style and attribute; features of pictures and of texts are both classified by them."
     def __init__(self, d:int, seed=0):
@@ -215,7 +215,7 @@ class Anchors(torch.nn.Module):
         logits = F.linear(features, self.weight, self.bias)
         return F.cross_entropy(logits[:, :len(STYLE_NAMES)], style, ignore_index=-1) + balanced_bce(logits[:, len(STYLE_NAMES):], attributes, rate)
 
-# %% ../nbs/17_train_clip.ipynb #223a45ca
+# %% ../nbs/17_train_clip.ipynb #0c73670b
 def disturb(u, size:int, rng): # [b, S, S, 3] uint8 array, S > size -> [b, 3, size, size] in [-1, 1]
     "Random crop, turn, flip, contrast, tint, blur, noise and a covered spot, for each picture its own."
     b, T = len(u), lambda lo, hi, *s: torch.from_numpy(rng.uniform(lo, hi, (len(u), *s)).astype(np.float32))
@@ -234,9 +234,9 @@ def disturb(u, size:int, rng): # [b, S, S, 3] uint8 array, S > size -> [b, 3, si
         x[i, :, i0:i0 + h, j0:j0 + w] = float(rng.uniform(-1, 1))
     return x.clamp(-1, 1)
 
-# %% ../nbs/17_train_clip.ipynb #52ec65d5
+# %% ../nbs/17_train_clip.ipynb #b38d7e04
 SMALL = dict(embed_dim=128, # open_clip's configuration of diffclip-small
-             vision_cfg=dict(image_size=64, layers=[1, 2, 2, 1], width=20, head_width=160), # a ResNet whose strides are average pools: smooth gradients
+             vision_cfg=dict(image_size=64, layers=[1, 2, 2, 1], width=20, head_width=160), # a ResNet; all strides but the first are average pools
              text_cfg=dict(context_length=32, vocab_size=49408, width=48, heads=3, layers=2))
 
 @dataclass(frozen=True)
@@ -267,7 +267,7 @@ class Pool:
     rate: torch.Tensor     # [A] share of yes
     name: str = ''
 
-# %% ../nbs/17_train_clip.ipynb #9b7704a6
+# %% ../nbs/17_train_clip.ipynb #9f92e709
 def read_attributes(root, partition) -> dict[str, np.ndarray]:
     "CelebA's known attributes as id -> [A] in {-1, 0, 1}; 0 where the file has no such column."
     columns = {}
@@ -296,8 +296,8 @@ def make_pool(celeba_root, fs2k_root, cfg:ClipConfig, cache, size=80) -> Pool:
     return Pool([x for x, _ in rounds], [s for _, s in rounds], attributes, sketches, photos, torch.tensor(yes / np.maximum(yes + no, 1)).float(),
                 f'{images.name} ({len(images)} photos) in {cfg.rounds} drawings each; fs2k-train ({len(sketches)} sketch and {len(photos)} photo crops, without labels)')
 
-# %% ../nbs/17_train_clip.ipynb #b2c11361
-def draw_batch(pool:Pool, cfg:ClipConfig, step:int): # -> x [b, 3, 64, 64], style [b], attributes [b, A], captions, probed attributes, their texts
+# %% ../nbs/17_train_clip.ipynb #1b6c2603
+def draw_batch(pool:Pool, cfg:ClipConfig, step:int, size=64): # -> x [b, 3, size, size], style [b], attributes [b, A], captions, probed attributes, their texts
     "Batch number `step`: a function of pool, config and step alone, so a resumed run sees what it would have seen."
     rng = np.random.default_rng([cfg.seed, step]); n = cfg.batch_size - cfg.n_sketches - cfg.n_photos
     i, r = rng.integers(len(pool.attributes), size=n), rng.integers(len(pool.x), size=n)
@@ -308,10 +308,10 @@ def draw_batch(pool:Pool, cfg:ClipConfig, step:int): # -> x [b, 3, 64, 64], styl
     captioned = rng.choice(len(u), cfg.n_captions, replace=False)
     captions = [caption(STYLE_NAMES[style[j]], {k: bool(v > 0) for k, v in zip(ATTRIBUTES, attributes[j]) if v}, rng) for j in captioned]
     which = [0, *(1 + rng.choice(len(ATTRIBUTES) - 1, cfg.n_probes, replace=False))]
-    x = disturb(np.stack(u), SMALL['vision_cfg']['image_size'], rng)
+    x = disturb(np.stack(u), size, rng)
     return x, torch.from_numpy(style), torch.from_numpy(attributes).float(), captions, which, probe_texts(rng, which)
 
-# %% ../nbs/17_train_clip.ipynb #b2d48751
+# %% ../nbs/17_train_clip.ipynb #6cc38020
 def text_meaning(captions, which): # captions, then the probes of `probe_texts(rng, which)` -> style [m] (-1: none), attributes [m, A]
     "What each text of a step says."
     style = [STYLE_NAMES.index(c.style) if c.style and not c.ambiguous else -1 for c in captions] + list(range(len(STYLE_NAMES))) + [-1] * (2 * len(which))
@@ -333,12 +333,12 @@ def clip_loss(model, anchors, tokenizer, batch, rate, cfg:ClipConfig): # an open
     loss = sum(v * (cfg.style_weight if k == 'styles' else 1) for k, v in parts.items())
     return loss, {k: v.item() for k, v in parts.items()}
 
-# %% ../nbs/17_train_clip.ipynb #018c9edd
+# %% ../nbs/17_train_clip.ipynb #5205a145
 def learning_rate(step, cfg:ClipConfig) -> float:
     "Linear warm-up, a plateau, and a linear fall to zero: a longer run shares the plateau with a shorter one, so `steps` can grow."
     return cfg.lr * min(1, (step + 1) / cfg.warmup, (cfg.steps - step) / max(1, cfg.decay * cfg.steps))
 
-# %% ../nbs/17_train_clip.ipynb #a124cb31
+# %% ../nbs/17_train_clip.ipynb #a558f097
 def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
                config=SMALL, every=100, log=print): # steps between checkpoints
     "Train; after an interruption the same call goes on from the last checkpoint. Returns (model, tokenizer, history, seconds)."
@@ -351,7 +351,7 @@ def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
     clock = time.time() - spent
     for step in progress(range(start, cfg.steps), 'training CLIP'):
         for g in opt.param_groups: g['lr'] = learning_rate(step, cfg)
-        loss, terms = clip_loss(model, parts['anchors'], tokenizer, draw_batch(pool, cfg, step), pool.rate, cfg)
+        loss, terms = clip_loss(model, parts['anchors'], tokenizer, draw_batch(pool, cfg, step, config['vision_cfg']['image_size']), pool.rate, cfg)
         if not torch.isfinite(loss): raise UserError(f'step {step}: the loss is {loss.item()}; lower lr (now {cfg.lr}) and start again')
         opt.zero_grad(); loss.backward(); opt.step()
         history.append(dict(step=step, loss=loss.item(), **terms))
@@ -361,7 +361,7 @@ def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
             log(f'{step + 1}/{cfg.steps} {time.time() - clock:.0f} s ' + ' '.join(f'{k} {np.mean([h[k] for h in history[-every:]]):.3f}' for k in terms))
     return model.eval(), tokenizer, history, time.time() - clock
 
-# %% ../nbs/17_train_clip.ipynb #bbc4fbb4
+# %% ../nbs/17_train_clip.ipynb #ea39d63d
 def load_checkpoint(path, parts, opt, cfg:ClipConfig) -> tuple[int, list, float]:
     "Put a checkpoint into the modules and the optimiser -> (next step, history, seconds so far)."
     state = torch.load(path, weights_only=True)
@@ -370,7 +370,7 @@ def load_checkpoint(path, parts, opt, cfg:ClipConfig) -> tuple[int, list, float]
     parts.load_state_dict(state['parts']); opt.load_state_dict(state['opt'])
     return state['step'], state['history'], state['seconds']
 
-# %% ../nbs/17_train_clip.ipynb #fff093dd
+# %% ../nbs/17_train_clip.ipynb #d9879b9d
 def save_clip(model, folder, config=SMALL, name='diffclip-small') -> dict[str, str]:
     "Write open_clip's local layout (configuration, float16 weights); returns file -> SHA-256."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -379,7 +379,7 @@ def save_clip(model, folder, config=SMALL, name='diffclip-small') -> dict[str, s
     with atomic_write(folder/'open_clip_model.safetensors') as f: f.write(save_bytes(state))
     return {n: sha256_file(folder/n) for n in ('open_clip_config.json', 'open_clip_model.safetensors')}
 
-# %% ../nbs/17_train_clip.ipynb #cb70a97f
+# %% ../nbs/17_train_clip.ipynb #39f7b792
 TEN_STYLES = ('pencil', 'charcoal', 'line_art', 'cartoon', 'watercolour', 'oil', 'pixel_art', 'grayscale', 'sepia', 'negative')
 
 def attribute_prompts(name:str) -> list[list[str]]: # -> [prompts for yes, prompts for no]
@@ -402,7 +402,7 @@ def features_of(clip, image_set, ids=None, draw=None, size=64, batch_size=128): 
         out.append(clip.encode_image(torch.stack([from_pil(im, size) for im in ims])))
     return torch.cat(out)
 
-# %% ../nbs/17_train_clip.ipynb #9e0672c4
+# %% ../nbs/17_train_clip.ipynb #fc930f7a
 def measure_styles(clip, image_set, n=300, seed=1) -> dict: # drawings of the first n images in every style
     "Zero-shot style accuracy with seen and unseen wordings, over the ten styles and over all."
     ids, F_ = image_set.ids[:n], {}
@@ -415,7 +415,7 @@ def measure_styles(clip, image_set, n=300, seed=1) -> dict: # drawings of the fi
     return dict(style_zero_shot=score(TEN_STYLES, 0), style_zero_shot_unseen_wording=score(TEN_STYLES, 1),
                 style_zero_shot_all=score(STYLE_NAMES, 0), n_styles_all=len(STYLE_NAMES), n_style_images=len(ids) * len(TEN_STYLES))
 
-# %% ../nbs/17_train_clip.ipynb #bb41ec3b
+# %% ../nbs/17_train_clip.ipynb #a5ed1120
 def measure_clip(clip, celeba_root, fs2k_root, n_styles=300) -> dict:
     "The card's `measured`."
     photos, sketches = celeba(celeba_root, 'test', 'Male'), fs2k(fs2k_root, 'train', 'sketch', labelled=True)
@@ -430,7 +430,7 @@ def measure_clip(clip, celeba_root, fs2k_root, n_styles=300) -> dict:
     out['unseen_wording_gap'] = max(out['style_zero_shot'] - out['style_zero_shot_unseen_wording'], out['gender_zero_shot_photo'] - out['gender_zero_shot_photo_unseen_wording'])
     return out | dict(n_photos=len(photos), n_sketches=len(sketches))
 
-# %% ../nbs/17_train_clip.ipynb #3a8821bd
+# %% ../nbs/17_train_clip.ipynb #4b17a5f6
 TARGETS = dict(style_zero_shot=.97, gender_zero_shot_photo=.93, gender_zero_shot_sketch=.80, attributes_above_080=8, unseen_wording_gap=.05)
 
 def write_card(folder, files, measured, pool:Pool, cfg:ClipConfig, seconds, command:str) -> dict:
@@ -438,14 +438,15 @@ def write_card(folder, files, measured, pool:Pool, cfg:ClipConfig, seconds, comm
     card = dict(name='diffclip-small', provenance='shipped', measured=measured, targets=TARGETS, data=pool.name,
         licence_note='Weights trained on CelebA and FS2K, both for non-commercial research only; use the weights likewise.',
         training=dict(command=command, images_seen=cfg.steps * cfg.batch_size, minutes=round(seconds / 60, 1), device=f'cpu ({torch.get_num_threads()} threads)', config=asdict(cfg)),
-        limits=['knows faces, the styles of diffclip_da.styles and the words of diffclip_da.train_clip, and nothing else; a prompt has 30 tokens at most',
+        limits=['its gradient for the pixels carries a grid of 2-4 px from the strided first layers: average over random shifts',
+                'knows faces, the styles of diffclip_da.styles and the words of diffclip_da.train_clip, and nothing else; a prompt has 30 tokens at most',
                 "gender is CelebA's binary label, given by annotators from looks", 'celebrities of CelebA: few old, dark-skinned or veiled faces; accuracy differs between groups',
                 "FS2K's training sketches were seen with style captions, without labels; FS2K's test split was never read",
-                'wall-clock minutes on a machine shared with other work'], files=files)
+                'wall-clock minutes on a machine shared with other work', 'stopped by time, not by convergence: its losses were still falling'], files=files)
     write_json(Path(folder)/'card.json', card)
     return card
 
-# %% ../nbs/17_train_clip.ipynb #c7c189e4
+# %% ../nbs/17_train_clip.ipynb #25a4738e
 @friendly_exit
 def main(argv=None):
     "Command line: draw, train, save, measure."
@@ -465,5 +466,4 @@ def main(argv=None):
     card = write_card(a.out, files, measure_clip(load_clip(a.out), a.celeba, a.fs2k), pool, cfg, seconds, command)
     print(card['measured'])
 
-# %% ../nbs/17_train_clip.ipynb #4337b1b4
 if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no __file__

@@ -8,7 +8,7 @@ __all__ = ['DRAWN', 'conv6', 'InvertedResidual', 'MobileFaceNet', 'load_teacher'
            'verification_auc', 'pair_auc', 'cached_array', 'embed_set', 'persons', 'measure', 'save_embedder',
            'embedder_card', 'main', 'finish']
 
-# %% ../nbs/18_train_embedder.ipynb #cf07e12b
+# %% ../nbs/18_train_embedder.ipynb #95899028
 import argparse, copy, io, math, time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from .identity import FACE_BOX, Embedder, FaceNet64, face_input, fit_state, read
 from .losses import cosine_loss
 from .styles import STYLES, to_array
 
-# %% ../nbs/18_train_embedder.ipynb #ae29902d
+# %% ../nbs/18_train_embedder.ipynb #9c5a8049
 def conv6(n_in, n_out, k=3, stride=1, groups=1):
     "Convolution, batch norm, ReLU6."
     return nn.Sequential(nn.Conv2d(n_in, n_out, k, stride, k // 2, groups=groups, bias=False), nn.BatchNorm2d(n_out), nn.ReLU6())
@@ -41,7 +41,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x): return x + self.conv(x) if self.way_around else self.conv(x)
 
-# %% ../nbs/18_train_embedder.ipynb #9c6b5a0a
+# %% ../nbs/18_train_embedder.ipynb #28b5a322
 class MobileFaceNet(nn.Module):
     "[b, 3, 112, 112] in [-1, 1] -> [b, 128]. Names of the parts are those of the published state dict."
     def __init__(self, stages=((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), (4, 128, 1, 2), (2, 128, 2, 1))): # expand, channels, blocks, stride
@@ -62,14 +62,14 @@ class MobileFaceNet(nn.Module):
         x = self.conv2(self.features(x))
         return self.bn(self.conv3(self.gdconv.bn(self.gdconv.depthwise(x)))).flatten(1)
 
-# %% ../nbs/18_train_embedder.ipynb #a94e5b4e
+# %% ../nbs/18_train_embedder.ipynb #06444c59
 def load_teacher(path, # MobileFaceNet's state dict, .pt
                  face_box=FACE_BOX, device='cpu') -> Embedder:
     "The teacher as an `Embedder`: images in the library's crop, any size, 148 px and more give its best."
     net = fit_state(MobileFaceNet(), read_state(path), path, 'MobileFaceNet')
     return Embedder(net, 112, dict(name=f'mobilefacenet/{Path(path).name}', sha256=sha256_file(path), provenance='published'), face_box).to(device)
 
-# %% ../nbs/18_train_embedder.ipynb #49af8f65
+# %% ../nbs/18_train_embedder.ipynb #204b75e5
 DRAWN = dict(grayscale=8, pencil=22, line_art=14, charcoal=8, colour_pencil=4, chalk=3, watercolour=3, cartoon=3, oil=2, sepia=2, negative=1)
 
 def restyle(u,   # [b, 3, h, w] uint8
@@ -82,7 +82,7 @@ def restyle(u,   # [b, 3, h, w] uint8
     out = [STYLES[s](to_array(a), rng).clip(0, 1) for s, a in zip(styles, u.permute(0, 2, 3, 1).numpy())]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2).float() * 2 - 1
 
-# %% ../nbs/18_train_embedder.ipynb #156f1f88
+# %% ../nbs/18_train_embedder.ipynb #bd151fa2
 def jitter(x, g, k=1.): # [b, 3, h, w] in [-1, 1]; torch Generator; strength
     "Mirror, turn, shift, zoom; contrast, brightness, colour cast, noise; every second image blurred a little."
     r = lambda low, high: torch.rand(len(x), generator=g) * (high - low) + low
@@ -96,7 +96,7 @@ def jitter(x, g, k=1.): # [b, 3, h, w] in [-1, 1]; torch Generator; strength
     x = x * (1 + k * r(-.3, .2)).view(-1, 1, 1, 1) + k * (r(-.2, .2).view(-1, 1, 1, 1) + cast)
     return (x + torch.randn(x.shape, generator=g) * k * r(0, .1).view(-1, 1, 1, 1)).clamp(-1, 1)
 
-# %% ../nbs/18_train_embedder.ipynb #5926a626
+# %% ../nbs/18_train_embedder.ipynb #3441b021
 def person_targets(e,      # [n, d] teacher's embeddings
                    person, # [n] integers
                   ):       # [n, d] unit norm
@@ -106,13 +106,13 @@ def person_targets(e,      # [n, d] teacher's embeddings
     mean = torch.zeros(int(index.max()) + 1, e.shape[1]).index_add_(0, index, e)
     return F.normalize(e + F.normalize(mean, dim=-1)[index], dim=-1)
 
-# %% ../nbs/18_train_embedder.ipynb #ceaa76cf
+# %% ../nbs/18_train_embedder.ipynb #0fbedd6b
 def distill_loss(s, z, relation=10.): # [b, d] student, any length; [b, d] unit targets; weight of the second term
     "Each embedding like its target, and each pair's cosine like the targets' cosine."
     s = F.normalize(s, dim=-1)
     return cosine_loss(s, z) + relation * (s @ s.T - z @ z.T).square().mean()
 
-# %% ../nbs/18_train_embedder.ipynb #7622f788
+# %% ../nbs/18_train_embedder.ipynb #862005d2
 @dataclass(frozen=True)
 class DistillConfig:
     "How to distil. Every random number depends on (seed, step) only, so a resumed run repeats an uninterrupted one."
@@ -130,7 +130,7 @@ class DistillConfig:
     seed: int = 0
     checkpoint_every: int = 100   # steps
 
-# %% ../nbs/18_train_embedder.ipynb #e47b2f7e
+# %% ../nbs/18_train_embedder.ipynb #46fa7314
 @torch.no_grad()
 def average_state(mean, net, d:float): # modules of one architecture; decay
     "Move every parameter and statistic of `mean` towards `net`; integer counters are copied."
@@ -138,7 +138,7 @@ def average_state(mean, net, d:float): # modules of one architecture; decay
         if a.is_floating_point(): a.lerp_(b, 1 - d)
         else: a.copy_(b)
 
-# %% ../nbs/18_train_embedder.ipynb #b646e45e
+# %% ../nbs/18_train_embedder.ipynb #92500674
 def training_pictures(images, cfg:DistillConfig, step:int): # [n, 3, 64, 64] uint8
     "Indices and pictures of a step's batch: epochs are shuffles, styles and jitter are new."
     per_epoch = max(1, len(images) // cfg.batch_size)
@@ -148,7 +148,7 @@ def training_pictures(images, cfg:DistillConfig, step:int): # [n, 3, 64, 64] uin
     x = jitter(restyle(images[i], rng, cfg.photo), new_generator(int(rng.integers(2**62))), cfg.jitter)
     return i, face_input(x, 64, cfg.face_box)
 
-# %% ../nbs/18_train_embedder.ipynb #2742332b
+# %% ../nbs/18_train_embedder.ipynb #71982bfb
 def distill(images, targets, cfg:DistillConfig, out, device='cpu', init=None): # [n, 3, 64, 64] uint8; [n, dim] unit; folder for checkpoint.pt; state dict
     "Train a `FaceNet64`; the same call resumes. Returns the averaged network (eval mode) and the finished run."
     run, steps = DistillRun(images, targets, cfg, Path(out)/'checkpoint.pt', device, init), math.ceil(cfg.n_images / cfg.batch_size)
@@ -160,7 +160,7 @@ def distill(images, targets, cfg:DistillConfig, out, device='cpu', init=None): #
     bar.close()
     return run.mean.eval(), run
 
-# %% ../nbs/18_train_embedder.ipynb #25ca10b7
+# %% ../nbs/18_train_embedder.ipynb #be5f5317
 class DistillRun:
     "Network, its average, optimiser and step; `save` and the constructor are each other's inverse."
     def __init__(self, images, targets, cfg, path, device='cpu', init=None):
@@ -183,7 +183,7 @@ class DistillRun:
         state = {k: getattr(self, k).state_dict() for k in ('net', 'mean', 'opt')}
         with atomic_write(self.path) as f: torch.save(dict(state, key=self.key, step=self.step, history=self.history, seconds=self.seconds), f)
 
-# %% ../nbs/18_train_embedder.ipynb #70c1f887
+# %% ../nbs/18_train_embedder.ipynb #0a3a819a
 @patch
 def train_step(self:DistillRun):
     "One batch."
@@ -196,7 +196,7 @@ def train_step(self:DistillRun):
     average_state(self.mean, self.net, min(self.cfg.average, (1 + self.step) / (10 + self.step)))  # forgets the random start fast
     self.history.append(loss.item()); self.step += 1; self.seconds += time.time() - start
 
-# %% ../nbs/18_train_embedder.ipynb #db29b232
+# %% ../nbs/18_train_embedder.ipynb #560b20c5
 def auc(positive, negative): # 1-d tensors of scores
     "Chance that a positive scores above a negative, ties half: the area under the ROC curve, by ranks."
     negative = negative.double().sort().values
@@ -216,7 +216,7 @@ def pair_auc(a, b): # [n, d] unit, twice: row k of both is one person (photo, sk
     score, same = a @ b.T, torch.eye(len(a), dtype=torch.bool)
     return auc(score[same], score[~same])
 
-# %% ../nbs/18_train_embedder.ipynb #f19a6b6c
+# %% ../nbs/18_train_embedder.ipynb #1d70544d
 def cached_array(path, make): # .npy
     "The array in `path`, or `make()` kept there."
     path = Path(path)
@@ -237,14 +237,14 @@ def persons(images): # [n] int64
     number = {p: k for k, p in enumerate(sorted(set(images.identity.values())))}
     return torch.tensor([number[images.identity[i]] for i in images.ids])
 
-# %% ../nbs/18_train_embedder.ipynb #e8733c38
+# %% ../nbs/18_train_embedder.ipynb #0e12ff76
 def measure(embedder, test, photos=None, sketches=None): # `Embedder`; ImageSet with identities; FS2K's two sides, same ids
     "The card's `measured`."
     m = dict(verification_auc=round(verification_auc(embed_set(embedder, test, 64), persons(test)), 4))
     if photos is not None: m['verification_auc_photo_sketch'] = round(pair_auc(embed_set(embedder, photos, 64), embed_set(embedder, sketches.subset(photos.ids), 64)), 4)
     return m
 
-# %% ../nbs/18_train_embedder.ipynb #7f949e58
+# %% ../nbs/18_train_embedder.ipynb #ffdc7f7a
 def save_embedder(net, folder) -> str: # FaceNet64; file's sha256
     "`embedder.safetensors` in half precision (counters of batch norm left out)."
     state = {k: v.half().contiguous() for k, v in net.state_dict().items() if not k.endswith('num_batches_tracked')}
@@ -252,7 +252,7 @@ def save_embedder(net, folder) -> str: # FaceNet64; file's sha256
     with atomic_write(path) as f: f.write(safetensors_bytes(state))
     return sha256_file(path)
 
-# %% ../nbs/18_train_embedder.ipynb #efdc431a
+# %% ../nbs/18_train_embedder.ipynb #fff18451
 def embedder_card(run, measured, teacher_info, data, sha, before): # a `DistillRun`; see `finish`; `training` of the run that this one went on from, or None
     "The card of the shipped embedder."
     return dict(
@@ -260,14 +260,14 @@ def embedder_card(run, measured, teacher_info, data, sha, before): # a `DistillR
         licence_note='Weights distilled from a MobileFaceNet under Apache-2.0; the pictures are CelebA, for non-commercial research only, and so are these weights.',
         training=dict(command='python -m diffclip_da.train_embedder --celeba CELEBA --teacher mobilefacenet.pt --fs2k FS2K --out runs/embedder' + (' --init FIRST/embedder.safetensors' if before else ''),
                       images_seen=run.step * run.cfg.batch_size + (before or {}).get('images_seen', 0), seconds=round(run.seconds), device=f'{run.device}, {torch.get_num_threads()} threads',
-                      config=asdict(run.cfg), teacher=teacher_info, before=before),
+                      config=asdict(run.cfg) | dict(n_images=run.step * run.cfg.batch_size), teacher=teacher_info, before=before),
         limits=['64 px, frontal faces framed as in CelebA; do not use it to recognise people',
                 'celebrities of one data set: other ages and skin colours are under-represented, and errors will not be even',
                 'the styles that it was trained on are computed, not drawn by hand',
                 'a student of the teacher: the two are not independent judges of each other'],
         files={'embedder.safetensors': sha})
 
-# %% ../nbs/18_train_embedder.ipynb #ff074ff4
+# %% ../nbs/18_train_embedder.ipynb #d176dfc1
 @friendly_exit
 def main(argv=None):
     "Command line; see `--help`."
@@ -290,7 +290,7 @@ def main(argv=None):
     before = read_json(a.init.with_name('card.json'))['training'] if a.init and a.init.with_name('card.json').exists() else None
     finish(net.cpu(), run, teacher, train, test, a.fs2k, a.out, before)
 
-# %% ../nbs/18_train_embedder.ipynb #fd31ee55
+# %% ../nbs/18_train_embedder.ipynb #5d605050
 def finish(net, run, teacher, train, test, fs2k_root, out, before=None):
     "Save, measure what was saved, write the card."
     sha = save_embedder(net, out)
@@ -303,5 +303,5 @@ def finish(net, run, teacher, train, test, fs2k_root, out, before=None):
     write_json(Path(out)/'card.json', embedder_card(run, measured, teacher.info, data, sha, before))
     print(measured)
 
-# %% ../nbs/18_train_embedder.ipynb #84e0cce8
+# %% ../nbs/18_train_embedder.ipynb #9d95c0f2
 if __name__ == '__main__' and '__file__' in globals(): main()  # a notebook has no __file__

@@ -122,6 +122,9 @@ def test_pretrained_is_left_alone_and_history_is_complete(unet, x0, clip):
     assert not tuned.training and not any(p.requires_grad for p in tuned.parameters()) and tuned.info['tuned_to'] == 'sketch'
     assert all(p.grad is None for p in clip.parameters())
 
+def test_too_few_latents_are_refused(unet, x0, clip):
+    with pytest.raises(UserError, match='3 latents for n_images = 4'): finetune(unet, x0, clip, None, schedule, cfg, latents=x0[:3])
+
 def test_batch_of_one_image(unet, x0, clip):
     tuned, history = finetune(unet, x0[:1], clip, None, schedule, replace(cfg, n_images=1, batch_size=1, passes=1, grad='checkpoint'))
     assert len(history) == 1 and state_hash(tuned) != state_hash(unet)
@@ -183,7 +186,8 @@ def test_foreign_or_broken_checkpoint_is_refused(tmp_path, unet, x0, clip):
     (tmp_path/'checkpoint.pt').write_bytes(whole[:len(whole)//2])
     with pytest.raises(UserError, match='checkpoint.pt is not a readable checkpoint'): finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
 
-def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, unet, x0, clip):
+def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, x0, clip):
+    unet = tiny_unet(16)   # `Net` is bounded: no learning rate makes it diverge
     wild = replace(cfg, lr_growth=1e30)
     with pytest.raises(DivergedError) as e: finetune(unet, x0, clip, None, schedule, wild, out=tmp_path)
     text = str(e.value)

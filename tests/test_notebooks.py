@@ -85,7 +85,7 @@ def test_no_machine_paths(name):
     assert [m[0] for text in said for m in pattern.findall(text)] == []
 
 
-@pytest.mark.parametrize('name', EXPORTING)
+@pytest.mark.parametrize('name', [n for n in EXPORTING if n < '16'])  # from 16 on: how the assets were made
 def test_questions_have_folded_answers_and_a_cell(name):
     sources = [(c['cell_type'], ''.join(c['source'])) for c in NOTEBOOKS[name]['cells']]
     start = [i for i, (kind, s) in enumerate(sources) if kind == 'markdown' and re.search(r'^## Questions', s, re.M)]
