@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['WEIGHTS_NAME', 'V_SCHEDULES', 'eps_from_v', 'EpsUNet', 'small_unet', 'tiny_unet', 'guided', 'save_unet', 'load_unet']
 
-# %% ../nbs/07_unet.ipynb #986a8822
+# %% ../nbs/07_unet.ipynb #36c02fc8
 from pathlib import Path
 
 import torch
@@ -18,13 +18,13 @@ from safetensors.torch import load_file, save as safetensors_bytes
 from .core import UserError, asset_file, atomic_write, read_json, sha256_file, state_hash, write_json
 from .schedule import Schedule, linear_schedule, match_like
 
-# %% ../nbs/07_unet.ipynb #e0bdd031
+# %% ../nbs/07_unet.ipynb #8bc34fa0
 def eps_from_v(x_t, t, v, schedule: Schedule): # [b, c, h, w], int or [b], [b, c, h, w]
     "The noise that a predicted velocity stands for (arXiv 2202.00512, appendix D)"
     ab = schedule.ab(t)
     return match_like(ab.sqrt(), x_t) * v + match_like((1 - ab).sqrt(), x_t) * x_t
 
-# %% ../nbs/07_unet.ipynb #28a91215
+# %% ../nbs/07_unet.ipynb #ba8839c4
 class EpsUNet(nn.Module):
     "`UNet2DModel` behind `eps_model(x_t, t) -> eps`; optional space-to-depth and class labels"
     def __init__(self,
@@ -51,7 +51,7 @@ class EpsUNet(nn.Module):
         out = F.pixel_shuffle(self.unet(F.pixel_unshuffle(x_t, self.patch), t, return_dict=False, **kw)[0], self.patch)
         return out if self.v_schedule is None else eps_from_v(x_t, t, out, self.v_schedule)
 
-# %% ../nbs/07_unet.ipynb #66543cbb
+# %% ../nbs/07_unet.ipynb #dff6878d
 def small_unet(image_size: int = 64,          # pixels, a multiple of patch * 2**(levels - 1)
                channels: tuple = (64, 96, 128), # width of each level, multiples of 32
                layers: int = 1,               # residual blocks per level
@@ -68,14 +68,14 @@ def small_unet(image_size: int = 64,          # pixels, a multiple of patch * 2*
                        num_class_embeds=n_classes + 1 if n_classes else None)
     return EpsUNet(unet, patch, n_classes, v_schedule)
 
-# %% ../nbs/07_unet.ipynb #7a523b4e
+# %% ../nbs/07_unet.ipynb #a6e14bec
 def tiny_unet(image_size: int = 16, n_classes: int = 0, seed: int = 0) -> EpsUNet:
     "A random U-Net of some 60,000 parameters, for tests and lessons: fast, deterministic, knows nothing"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return small_unet(image_size, channels=(16, 32), patch=2, n_classes=n_classes).eval()
 
-# %% ../nbs/07_unet.ipynb #ea1c6b1d
+# %% ../nbs/07_unet.ipynb #f9b9b855
 def guided(model: EpsUNet, # class-conditional
            label,          # int or [b] LongTensor
            scale: float = 1.5 # s above
@@ -90,7 +90,7 @@ def guided(model: EpsUNet, # class-conditional
         return eps + scale * (eps_y - eps)
     return eps_model
 
-# %% ../nbs/07_unet.ipynb #feda4188
+# %% ../nbs/07_unet.ipynb #1258ec9d
 WEIGHTS_NAME = 'diffusion_pytorch_model.safetensors'
 V_SCHEDULES = {None: None, 'linear': linear_schedule()} # a model's v is bound to the schedule it was trained with
 
@@ -103,7 +103,7 @@ def save_unet(model: EpsUNet, folder, # created where missing
     state = {k: v.detach().to('cpu', dtype).contiguous() for k, v in model.unet.state_dict().items()}
     with atomic_write(folder / WEIGHTS_NAME) as f: f.write(safetensors_bytes(state, metadata=dict(format='pt')))
 
-# %% ../nbs/07_unet.ipynb #bbfb1233
+# %% ../nbs/07_unet.ipynb #a5e3d3d2
 def _read_state(path: Path) -> dict:
     "Tensors of a safetensors file, or an error that names it"
     try: return load_file(path)
@@ -123,7 +123,7 @@ def _read_folder(folder: Path) -> EpsUNet:
     v_schedule = V_SCHEDULES[extra.pop('v_schedule', None)]
     return EpsUNet(unet, **extra, v_schedule=v_schedule, info=dict(name=folder.name, sha256=sha256_file(weights), provenance='published'))
 
-# %% ../nbs/07_unet.ipynb #2fbd0532
+# %% ../nbs/07_unet.ipynb #19797214
 def load_unet(name: str = 'shipped', # 'shipped', or a folder in diffusers' layout
               device='cpu') -> EpsUNet:
     "A pre-trained U-Net in eval mode, its `info` telling where it comes from"
