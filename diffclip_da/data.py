@@ -7,7 +7,7 @@ __all__ = ['CELEBA_CROP', 'FS2K_CROP', 'IMAGE_SUFFIXES', 'PARTITIONS', 'to_rgb',
            'check_not_html', 'ImageSet', 'read_labels_csv', 'label_indices', 'image_folder', 'read_attribute', 'celeba',
            'fs2k', 'check_splits', 'labelled_split', 'shipped_faces']
 
-# %% ../nbs/06_data.ipynb #cbfbb883
+# %% ../nbs/06_data.ipynb #366927b8
 import difflib, io, json, os, re, struct, zipfile, zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -21,7 +21,7 @@ from PIL import Image, ImageOps
 from .core import (UserError, asset_file, atomic_write, canonical_hash, from_uint8, load_card, new_generator,
                               read_json, sha256_bytes)
 
-# %% ../nbs/06_data.ipynb #777a6b22
+# %% ../nbs/06_data.ipynb #8e1e0543
 def to_rgb(im:Image.Image) -> Image.Image:
     "Any PIL image -> upright RGB of 8 bits: EXIF orientation applied, transparency laid over white, 16-bit grey scaled by 1/257."
     im = ImageOps.exif_transpose(im)
@@ -33,7 +33,7 @@ def to_rgb(im:Image.Image) -> Image.Image:
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
     return im.convert('RGB')
 
-# %% ../nbs/06_data.ipynb #19fe4147
+# %% ../nbs/06_data.ipynb #5a510147
 # what PIL, zlib and zipfile raise on damaged bytes
 _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, zipfile.BadZipFile, Image.DecompressionBombError)
 
@@ -48,7 +48,7 @@ def decode(b:bytes, where:str) -> Image.Image:
         kind = 'truncated' if 'truncated' in str(e).lower() else 'damaged, or not an image'
         raise UserError(f'{where}: the image is {kind} ({e if str(e) and "BytesIO" not in str(e) else type(e).__name__}); fetch it again or delete it') from None
 
-# %% ../nbs/06_data.ipynb #83c74db6
+# %% ../nbs/06_data.ipynb #b4dbd746
 CELEBA_CROP = (15, 40, 163, 188) # left, top, right, bottom in CelebA's 178 x 218 pixels
 # shape -> (left / width, top / height, side / shorter side), fitted on FS2K's training photos against CelebA's mean face
 FS2K_CROP = dict(square=(.064, 0., .872), upright=(.044, .11, .911), wide=(.203, .066, .798))
@@ -70,7 +70,7 @@ def crop_image(im:Image.Image, crop, # a pixel box (left, top, right, bottom); '
         raise UserError(f"{where}: crop {crop} does not fit a picture of {w} x {h} pixels; give another crop, for instance 'center'")
     return im.crop(box)
 
-# %% ../nbs/06_data.ipynb #70c7a7cb
+# %% ../nbs/06_data.ipynb #a7e36800
 _HIDDEN = ('__MACOSX', '.')
 
 class Store:
@@ -93,7 +93,7 @@ class Store:
         try: return self.zip().read(name) if self.is_zip else (self.path/name).read_bytes()
         except (KeyError, *_BROKEN) as e: raise UserError(f'{self.where(name)}: cannot be read ({e}); fetch it again') from None
 
-# %% ../nbs/06_data.ipynb #8802a474
+# %% ../nbs/06_data.ipynb #485e502c
 def check_zip(path):
     "Raise `UserError` unless `path` is a complete zip; a web page saved under that name is told apart."
     check_not_html(path)
@@ -109,7 +109,7 @@ def check_not_html(path):
         raise UserError(f'{path}: this is a web page (HTML), not data. Google Drive sends such a page when too many people have '
                         'fetched the file (quota): delete it, then download the file in a browser, or try again after a day')
 
-# %% ../nbs/06_data.ipynb #5e228234
+# %% ../nbs/06_data.ipynb #c0138c9c
 def _few(ids, n=3) -> str:
     "The first few of `ids`, for messages."
     ids = sorted(map(str, ids))
@@ -134,7 +134,7 @@ class ImageSet:
         y = list((self.labels or {}).values())
         return {c: y.count(k) for k, c in enumerate(self.classes)}
 
-# %% ../nbs/06_data.ipynb #059305ae
+# %% ../nbs/06_data.ipynb #ace8f48d
 @patch
 def _check_ids(self:ImageSet, ids) -> list[str]:
     "`ids` as a list (None: all), each known."
@@ -155,7 +155,7 @@ def image_hash(self:ImageSet, id:str) -> str:
     if id not in self._hashes: self._hashes[id] = sha256_bytes(self.store.read(self.files[self._check_ids(id)[0]]))
     return self._hashes[id]
 
-# %% ../nbs/06_data.ipynb #08d1b8ad
+# %% ../nbs/06_data.ipynb #20cf30c1
 @patch
 def labels_of(self:ImageSet, ids=None) -> torch.Tensor: # [b] int64, indices into `classes`
     "Labels in the order of `ids` (None: all)."
@@ -171,7 +171,7 @@ def subset(self:ImageSet, ids, name:str|None=None) -> ImageSet:
     new._hashes = self._hashes   # shared: the same bytes
     return new
 
-# %% ../nbs/06_data.ipynb #3eedfcb2
+# %% ../nbs/06_data.ipynb #93167f51
 @patch
 def manifest(self:ImageSet) -> pd.DataFrame:
     "Table indexed by id: `label` (Int64, missing if unlabelled) and `sha256` of the encoded bytes."
@@ -179,7 +179,7 @@ def manifest(self:ImageSet) -> pd.DataFrame:
     return pd.DataFrame(dict(label=pd.array(label, dtype='Int64'), sha256=[self.image_hash(i) for i in self.ids]),
                         index=pd.Index(self.ids, name='id', dtype='str'))
 
-# %% ../nbs/06_data.ipynb #3e23bf94
+# %% ../nbs/06_data.ipynb #9bc43cb7
 @patch
 def tensor(self:ImageSet, ids=None, size:int=64, # None: all ids; side in pixels
            cache_dir=None, # a folder to keep decoded sets in
@@ -203,7 +203,7 @@ def tensor(self:ImageSet, ids=None, size:int=64, # None: all ids; side in pixels
         with atomic_write(path) as f: np.save(f, u)
     return from_uint8(torch.from_numpy(u))
 
-# %% ../nbs/06_data.ipynb #ca666d29
+# %% ../nbs/06_data.ipynb #932c13b1
 def _load_cached(path, shape) -> np.ndarray|None:
     "The cached uint8 array, or None if there is none of that shape (a broken cache is only made again)."
     try: u = np.load(path, allow_pickle=False)
@@ -217,7 +217,7 @@ def batches(self:ImageSet, size:int=64, batch_size:int=64):
         ids = self.ids[k:k + batch_size]
         yield ids, self.tensor(ids, size)
 
-# %% ../nbs/06_data.ipynb #8518498e
+# %% ../nbs/06_data.ipynb #263101bc
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 def read_labels_csv(path) -> pd.DataFrame:
@@ -232,7 +232,7 @@ def read_labels_csv(path) -> pd.DataFrame:
     if (df.label == '').any(): raise UserError(f'{path}: no label for {_few(df.id[df.label == ""])}; fill it in or take the image out of the folder')
     return df.set_index('id')
 
-# %% ../nbs/06_data.ipynb #31790597
+# %% ../nbs/06_data.ipynb #5c53e3d7
 def label_indices(label:pd.Series, where, classes=None) -> tuple[dict, list[str]]:
     "Labels as strings by id -> (id -> index, class names). Names are sorted (as numbers if they are); a single class is refused."
     found = set(label)
@@ -242,7 +242,7 @@ def label_indices(label:pd.Series, where, classes=None) -> tuple[dict, list[str]
     index = {c: k for k, c in enumerate(classes)}
     return {i: index[c] for i, c in label.items()}, list(classes)
 
-# %% ../nbs/06_data.ipynb #43342e2b
+# %% ../nbs/06_data.ipynb #40dfa4d9
 def image_folder(root, labels_csv=None, # a folder (searched recursively) or a zip; CSV with columns id, label
                  crop='center') -> ImageSet:
     "Any images. Ids are paths relative to `root`; hidden files are skipped; ids of the CSV and of the folder must be the same."
@@ -261,7 +261,7 @@ def image_folder(root, labels_csv=None, # a folder (searched recursively) or a z
         labels, classes = label_indices(label, labels_csv)
     return ImageSet(root.stem, store, {i: i for i in ids}, labels, classes, crop)
 
-# %% ../nbs/06_data.ipynb #85748243
+# %% ../nbs/06_data.ipynb #9615f11e
 PARTITIONS = dict(train=0, valid=1, test=2)
 
 def _find(root:Path, name:str) -> Path|None:
@@ -282,7 +282,7 @@ def _read_pairs(path) -> dict[str, int]:
         pairs[name] = value
     return pairs
 
-# %% ../nbs/06_data.ipynb #2ced7aac
+# %% ../nbs/06_data.ipynb #620462b2
 def read_attribute(path, attribute:str) -> dict[str, int]:
     "One column of `list_attr_celeba.txt`: name -> 0 or 1."
     check_not_html(path)
@@ -303,7 +303,7 @@ def read_attribute(path, attribute:str) -> dict[str, int]:
     if len(values) != int(lines[0]): raise UserError(f'{path}: {len(values):,} lines, but its first line says {int(lines[0]):,}; the download was cut short: fetch it again')
     return values
 
-# %% ../nbs/06_data.ipynb #58e6b470
+# %% ../nbs/06_data.ipynb #3d439993
 def _celeba_images(root:Path) -> tuple[Store, dict[str, str]]:
     "CelebA's images as (store, name -> path in it): the folder if it is there and not empty, else the zip."
     folder, zipped = _find(root, 'img_align_celeba'), _find(root, 'img_align_celeba.zip')
@@ -314,7 +314,7 @@ def _celeba_images(root:Path) -> tuple[Store, dict[str, str]]:
         if files: return store, files
     raise UserError(f'{root}: no img_align_celeba.zip and no folder img_align_celeba with images; download "Align&Cropped Images" from the CelebA page and put it there')
 
-# %% ../nbs/06_data.ipynb #224994d9
+# %% ../nbs/06_data.ipynb #32d6fdee
 def celeba(root, partition='train', # folder of the data set; 'train', 'valid', 'test' or 0, 1, 2
            attribute:str|None='Male', crop=CELEBA_CROP, # the label; None: unlabelled
           ) -> ImageSet:
@@ -339,7 +339,7 @@ def celeba(root, partition='train', # folder of the data set; 'train', 'valid', 
     name = f'celeba-{ {v: k for k, v in PARTITIONS.items()}[part]}'
     return ImageSet(name, store, {i: files[i] for i in ids}, labels, classes, crop, identity and {i: f'celeba {identity[i]}' for i in ids})
 
-# %% ../nbs/06_data.ipynb #b19e2a5f
+# %% ../nbs/06_data.ipynb #0fe04434
 def fs2k(root, split='train', kind='sketch', # folder with annotations.json and the images; 'train' or 'test'; 'sketch' or 'photo'
          labelled=False) -> ImageSet:
     "FS2K's sketches or photos, square crops that frame the face about as `CELEBA_CROP` does; `classes` are female, male."
@@ -357,7 +357,7 @@ def fs2k(root, split='train', kind='sketch', # folder with annotations.json and 
     labels, classes = label_indices(pd.Series({i: rows[i]['gender'] for i in files}), root/'annotations.json', ['female', 'male']) if labelled else (None, [])
     return ImageSet(f'fs2k-{kind}-{split}', store, files, labels, classes, 'fs2k', {i: f'fs2k {i}' for i in files})
 
-# %% ../nbs/06_data.ipynb #02351947
+# %% ../nbs/06_data.ipynb #9337d2e4
 def check_splits(*sets:ImageSet, content=True # also compare the images' bytes
                 ):
     "Raise `UserError` if two sets share an image (same id of one source), a person, or the bytes of an image under another name."
@@ -374,7 +374,7 @@ def check_splits(*sets:ImageSet, content=True # also compare the images' bytes
                     pairs = [f'{keys[a][k]} and {keys[b][k]}' for k in both]
                     raise UserError(f'{sets[a].name} and {sets[b].name} share {say} ({len(both):,}): {_few(pairs)}; take them out of one of the two')
 
-# %% ../nbs/06_data.ipynb #096514a5
+# %% ../nbs/06_data.ipynb #0ab386b0
 def labelled_split(image_set:ImageSet, n:int, seed:int, balanced=False) -> ImageSet:
     "`n` labelled images drawn without replacement; `balanced`: the same number of each class (as near as `n` allows)."
     y = image_set.labels_of()
@@ -390,7 +390,7 @@ def labelled_split(image_set:ImageSet, n:int, seed:int, balanced=False) -> Image
     if len(set(out.labels.values())) < 2: raise UserError(f'{out.name}: the {n} images drawn are all of one class; raise n or set balanced=True')
     return out
 
-# %% ../nbs/06_data.ipynb #02ef9e2c
+# %% ../nbs/06_data.ipynb #8c0aca30
 def shipped_faces(split:str|None='train', # 'train', 'valid', 'test'; None: all
                  ) -> ImageSet:
     "The synthetic labelled faces that come with the package (assets/faces)."

@@ -7,7 +7,7 @@ __all__ = ['STYLE_NAMES', 'STYLE_WEIGHTS', 'STYLE_WORDS', 'AMBIGUOUS', 'ATTRIBUT
            'TEN_STYLES', 'TARGETS', 'wide_crop', 'draw_round', 'cached_round', 'describe', 'person', 'Caption',
            'caption', 'draw_attributes', 'mentions', 'truth', 'contrastive_loss', 'probe_texts', 'balanced_bce',
            'probe_loss', 'Anchors', 'disturb', 'ClipConfig', 'Pool', 'read_attributes', 'grayness', 'make_pool',
-           'draw_batch', 'text_meaning', 'clip_loss', 'learning_rate', 'train_clip', 'load_checkpoint', 'save_clip',
+           'draw_batch', 'text_meaning', 'clip_loss', 'learning_rate', 'train_clip', 'resume_clip', 'save_clip',
            'attribute_prompts', 'accuracy', 'features_of', 'measure_styles', 'measure_clip', 'write_card', 'main']
 
 # %% ../nbs/17_train_clip.ipynb #8a512964
@@ -347,7 +347,7 @@ def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
     decay, plain = ([p for p in parts.parameters() if (p.ndim > 1) == d] for d in (True, False))
     opt = torch.optim.AdamW([dict(params=decay, weight_decay=cfg.weight_decay), dict(params=plain, weight_decay=0.)], betas=(.9, .98))
     path, start, history, spent = Path(out)/'checkpoint.pt', 0, [], 0.
-    if path.exists(): start, history, spent = load_checkpoint(path, parts, opt, cfg)
+    if path.exists(): start, history, spent = resume_clip(path, parts, opt, cfg)
     clock = time.time() - spent
     for step in progress(range(start, cfg.steps), 'training CLIP'):
         for g in opt.param_groups: g['lr'] = learning_rate(step, cfg)
@@ -362,7 +362,7 @@ def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
     return model.eval(), tokenizer, history, time.time() - clock
 
 # %% ../nbs/17_train_clip.ipynb #ea39d63d
-def load_checkpoint(path, parts, opt, cfg:ClipConfig) -> tuple[int, list, float]:
+def resume_clip(path, parts, opt, cfg:ClipConfig) -> tuple[int, list, float]:
     "Put a checkpoint into the modules and the optimiser -> (next step, history, seconds so far)."
     state = torch.load(path, weights_only=True)
     if differ := [k for k, v in asdict(cfg).items() if k != 'steps' and state['config'].get(k) != v]:
