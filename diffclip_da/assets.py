@@ -4,10 +4,9 @@
 
 # %% auto #0
 __all__ = ['LICENCE_NOTE', 'SPLITS', 'reconstruction_mae', 'frechet_distance', 'embed_all', 'ClassGaussian', 'draw_faces',
-           'train_judge', 'label_agreement', 'nearest', 'write_asset_card', 'write_faces', 'unet_asset', 'faces_asset',
-           'main']
+           'label_agreement', 'nearest', 'write_asset_card', 'write_faces', 'unet_asset', 'faces_asset', 'main']
 
-# %% ../nbs/19_assets.ipynb #e81de5e3
+# %% ../nbs/19_assets.ipynb #35d7b536
 import argparse
 import io
 import shutil
@@ -20,7 +19,7 @@ import pandas as pd
 import torch
 from scipy.linalg import sqrtm
 
-from .classify import predict, train_classifier
+from .clip import load_clip, zero_shot
 from .core import (UserError, atomic_write, default_device, friendly_exit, from_uint8, new_generator, progress,
                               sha256_file, to_pil, to_uint8, write_json)
 from .data import celeba
@@ -29,7 +28,7 @@ from .identity import load_embedder
 from .schedule import Schedule, linear_schedule
 from .unet import WEIGHTS_NAME, guided, load_unet, save_unet
 
-# %% ../nbs/19_assets.ipynb #f4419678
+# %% ../nbs/19_assets.ipynb #036f908c
 @torch.no_grad()
 def reconstruction_mae(model, x0,        # eps_model; [n, c, h, w] in [-1, 1]
                        n_inv: int, n_gen: int, schedule: Schedule, t0: int = 500, batch_size: int = 32, method='ddim', n_iter: int = 1) -> float:
@@ -39,7 +38,7 @@ def reconstruction_mae(model, x0,        # eps_model; [n, c, h, w] in [-1, 1]
         total += (reconstruct(model, x, t0, n_inv, n_gen, schedule, method, n_iter) - x).abs().sum().item() / 2
     return total / x0.numel()
 
-# %% ../nbs/19_assets.ipynb #39ec57f7
+# %% ../nbs/19_assets.ipynb #2b53cc86
 def frechet_distance(a, b) -> float: # features [n, d], [m, d]; n, m > d for a meaningful covariance
     "Squared Fréchet distance of the two Gaussians fitted to the features"
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -47,13 +46,13 @@ def frechet_distance(a, b) -> float: # features [n, d], [m, d]; n, m > d for a m
     root = sqrtm(s1 @ s2 + 1e-10 * np.eye(len(s1))).real
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root))
 
-# %% ../nbs/19_assets.ipynb #917dcde2
+# %% ../nbs/19_assets.ipynb #39dd58ac
 @torch.no_grad()
 def embed_all(embedder, x, batch_size: int = 64): # [n, 3, h, w] in [-1, 1] -> unit features [n, d] as numpy
     "Features of many images"
     return torch.cat([embedder.embed(b) for b in x.split(batch_size)]).cpu().numpy()
 
-# %% ../nbs/19_assets.ipynb #24c77e26
+# %% ../nbs/19_assets.ipynb #e87807cf
 class ClassGaussian:
     "Mean and leading principal components of each class's photos; draws new faces of a class"
     def __init__(self, x, y,     # [n, 3, h, w] in [-1, 1], [n]
@@ -72,7 +71,7 @@ class ClassGaussian:
         z = torch.randn(len(labels), self.k, generator=generator)
         return torch.stack([self.fits[c][0] + self.fits[c][1] @ e for c, e in zip(labels.tolist(), z)]).reshape(-1, *self.shape).clamp(-1, 1)
 
-# %% ../nbs/19_assets.ipynb #192c1193
+# %% ../nbs/19_assets.ipynb #c8484f7d
 @torch.inference_mode()
 def draw_faces(model, n: int,           # class-conditional U-Net; how many, both classes alike
                seed: int, schedule: Schedule, out, # folder for finished batches
@@ -87,25 +86,19 @@ def draw_faces(model, n: int,           # class-conditional U-Net; how many, bot
         with atomic_write(path) as f: np.save(f, to_uint8(drawn).numpy())
     return torch.from_numpy(np.concatenate([np.load(p) for p in paths])), labels
 
-# %% ../nbs/19_assets.ipynb #5dbb4fa6
-def train_judge(train, test, n: int = 4000, epochs: int = 3, seed: int = 0): # (x, y) tuples, x [., 3, h, w] in [-1, 1]; the first n are used
-    "A gender classifier on photos -> (model, its accuracy on `test`)"
-    train = tuple(v[:n] for v in train)
-    flip = lambda x, g: torch.where((torch.rand(len(x), generator=g) < 0.5)[:, None, None, None], x.flip(-1), x)
-    model, history = train_classifier(train, dict(test=test), epochs=epochs, batch_size=64, seed=seed, model='small', augment=flip, desc='training the judge')
-    return model, float(history.query('split == "test"').accuracy.iloc[-1])
+# %% ../nbs/19_assets.ipynb #dc32fdf8
+def label_agreement(clip, x, labels, prompts=('a woman', 'a man'), batch_size: int = 100) -> float: # [n, 3, h, w] in [-1, 1], [n]
+    "Share of images that CLIP, zero-shot, gives the label they were drawn for"
+    picked = torch.cat([zero_shot(clip, b, list(prompts)).argmax(1).cpu() for b in x.split(batch_size)])
+    return (picked == labels).float().mean().item()
 
-def label_agreement(judge, x, labels) -> float: # [n, 3, h, w] in [-1, 1], [n]
-    "Share of images that the judge gives the label they were drawn for"
-    return ((predict(judge, x) > 0.5).long() == labels).float().mean().item()
-
-# %% ../nbs/19_assets.ipynb #89b02c8b
+# %% ../nbs/19_assets.ipynb #3c8486c2
 def nearest(a, b):        # unit features [n, d], [m, d]
     "-> for each row of a: index of and cosine with its nearest row of b"
     cos = a @ b.T
     return cos.argmax(1), cos.max(1)
 
-# %% ../nbs/19_assets.ipynb #ecca93de
+# %% ../nbs/19_assets.ipynb #0b868ce5
 def write_asset_card(folder, measured: dict, targets: dict, data: str, licence_note: str, training: dict, limits: str):
     "`card.json` for all files that are in `folder`"
     folder = Path(folder)
@@ -124,7 +117,7 @@ def write_faces(folder, images, labels, splits: dict): # uint8 [n, 3, h, w], [n]
     table = pd.DataFrame(dict(id=ids, label=labels.tolist(), split=np.repeat(list(splits), list(splits.values()))))
     with atomic_write(folder / 'labels.csv') as f: f.write(table.to_csv(index=False, lineterminator='\n').encode())
 
-# %% ../nbs/19_assets.ipynb #4b0d9bfe
+# %% ../nbs/19_assets.ipynb #bf4ab825
 LICENCE_NOTE = ("Made by this project's own code. The training photos are CelebA's (Liu et al., 2015), provided for non-commercial research; "
                 "none is included, and use of this file should respect those terms.")
 SPLITS = dict(train=400, valid=100, test=300)
@@ -145,13 +138,14 @@ def unet_asset(args, model, samples, features, test, schedule):
                f'measured on {len(recon)} test photos at t0 = 500; the Frechet distances in the shipped embedder, from {len(samples)} faces drawn from noise.')
     return measured
 
-# %% ../nbs/19_assets.ipynb #00b9d3b7
+# %% ../nbs/19_assets.ipynb #96ec723b
 def faces_asset(args, images, labels, photos, features):
     "Audit the drawn faces and write `faces/` with its card"
     (train, test), drawn = photos, from_uint8(images)
-    judge, accuracy = train_judge(train, test, seed=args.seed)
+    judge = load_clip(args.judge)
     near_drawn, near_test = (float(np.quantile(nearest(features[k], features['train'])[1], 0.99)) for k in ('faces', 'test'))
-    measured = dict(count=len(images), label_agreement=label_agreement(judge, drawn, labels), judge_accuracy_on_test_photos=accuracy,
+    measured = dict(count=len(images), label_agreement=label_agreement(judge, drawn, labels),
+                    judge_accuracy_on_test_photos=label_agreement(judge, test[0], test[1]),
                     nearest_training_photo_cosine_p99=near_drawn, nearest_training_photo_cosine_p99_of_test_photos=near_test)
     folder = Path(args.out) / 'faces'
     write_faces(folder, images, labels, SPLITS)
@@ -161,7 +155,7 @@ def faces_asset(args, images, labels, photos, features):
                'judge disagrees; biases of CelebA (celebrities, mostly young and light-skinned, women with make-up) are the model\'s too.')
     return measured
 
-# %% ../nbs/19_assets.ipynb #d2767671
+# %% ../nbs/19_assets.ipynb #42b98433
 def _photos(folder, partition, size): # -> (x [n, 3, size, size] in [-1, 1], y [n])
     s = celeba(folder, partition)
     return s.tensor(s.ids, size), s.labels_of(s.ids)
@@ -171,7 +165,7 @@ def main(argv=None) -> int:
     "`python -m diffclip_da.assets`: measure the U-Net, draw and audit the faces, write both assets"
     p = argparse.ArgumentParser(prog='python -m diffclip_da.assets', description='U-Net card and synthetic labelled faces; resumes when called again.')
     p.add_argument('--celeba', required=True); p.add_argument('--unet', required=True, help='folder written by diffclip_da.train'); p.add_argument('--out', required=True)
-    p.add_argument('--embedder', default='shipped'); p.add_argument('--images-seen', type=int, required=True, help='images the U-Net saw in training')
+    p.add_argument('--embedder', default='shipped'); p.add_argument('--judge', default='shipped', help='the CLIP that audits the labels'); p.add_argument('--images-seen', type=int, required=True, help='images the U-Net saw in training')
     p.add_argument('--trained-on', default='2 CPU cores'); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--scale', type=float, default=1.5, help='guidance'); p.add_argument('--steps', type=int, default=20); p.add_argument('--n-recon', type=int, default=32)
     p.add_argument('--components', type=int, default=150); p.add_argument('--n-samples', type=int, default=200, help='faces drawn from noise for the Frechet distance')
@@ -190,5 +184,5 @@ def main(argv=None) -> int:
     for k, v in measured.items(): print(f'{k:50} {v:.4g}')
     return 0
 
-# %% ../nbs/19_assets.ipynb #501d4535
+# %% ../nbs/19_assets.ipynb #be113c4d
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

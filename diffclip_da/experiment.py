@@ -9,7 +9,7 @@ __all__ = ['PAPER_NUMBERS', 'RENAMED', 'CHEAP_INVERSION', 'PROFILES', 'SPLITS', 
            'paired', 'tolerances', 'plot_histories', 'training_figure', 'figure3', 'figure4', 'measure_adaptation',
            'plot_pairs', 'figure2', 'results_table', 'compare_records', 'experiment_parser', 'main']
 
-# %% ../nbs/15_experiment.ipynb #ac210cdd
+# %% ../nbs/15_experiment.ipynb #4e42de99
 import argparse, contextlib, os, sys, time
 from configparser import ConfigParser
 from dataclasses import dataclass, fields, replace
@@ -39,7 +39,7 @@ from .identity import Embedder, load_embedder
 from .schedule import linear_schedule
 from .unet import load_unet, tiny_unet
 
-# %% ../nbs/15_experiment.ipynb #06865087
+# %% ../nbs/15_experiment.ipynb #5f7e802c
 # fractions per epoch, from the outputs of the paper's original notebook
 PAPER_NUMBERS = dict(
     figure3=dict(train=[.6283, .8108, .8783, .9233, .9442, .9817, .9858, .9933, 1.0, .9992],
@@ -49,7 +49,7 @@ PAPER_NUMBERS = dict(
                  test_original=[.6633, .7367, .7467, .73, .75, .7133, .7333, .7867, .72, .71],
                  test_target=[.6867, .7733, .81, .8233, .86, .86, .87, .8567, .88, .87]))
 
-# %% ../nbs/15_experiment.ipynb #912daf87
+# %% ../nbs/15_experiment.ipynb #c67d36d0
 @dataclass(frozen=True)
 class Profile:
     "All settings of Figures 2-4. `get_profile` makes one from a name and overrides."
@@ -75,7 +75,7 @@ class Profile:
     epochs: int = 10; batch_size: int = 32; classifier_lr: float = 1e-3
     seeds: tuple = (0, 1, 2)      # of the classifier: first weights and order
 
-# %% ../nbs/15_experiment.ipynb #70efeb17
+# %% ../nbs/15_experiment.ipynb #0ec66d92
 # where a configuration's field has another name in `Profile`
 RENAMED = {FinetuneConfig: dict(batch_size='tune_batch_size', seed='tune_seed'), AdaptConfig: dict(batch_size='adapt_batch_size', seed='adapt_seed')}
 
@@ -88,14 +88,14 @@ def config(self:Profile, cls):
 CHEAP_INVERSION = dict(n_inv=6, inversion='anderson', n_iter=2)
 
 PROFILES = {p.name: p for p in (
-    Profile('embedded', n_train=400, n_valid=100, n_test=300, seeds=(0, 1, 2, 3, 4), **CHEAP_INVERSION),
+    Profile('embedded', n_train=400, n_valid=100, n_test=300, **CHEAP_INVERSION),
     Profile('celeba64', dataset='celeba', n_valid=100, **CHEAP_INVERSION),
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai', embedder='facenet:vggface2',
             t0=601, id_weight=.3, tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
     Profile('toy', dataset='toy', size=16, n_train=24, n_valid=12, n_test=16, balanced=True, unet='toy', clip='toy', embedder='toy', t0=200,
             n_inv=4, n_gen=2, n_images=4, passes=1, shard_size=8, epochs=2))}
 
-# %% ../nbs/15_experiment.ipynb #683ee482
+# %% ../nbs/15_experiment.ipynb #f8c53441
 def as_type(name:str, value, kind:type): # kind: str, int, float, bool or tuple (of ints)
     "`value`, as papermill or a command line hands it over, as `kind`. `UserError` names the field."
     if kind is tuple:
@@ -110,7 +110,7 @@ def as_type(name:str, value, kind:type): # kind: str, int, float, bool or tuple 
     kind_name = 'ints, such as 0,1,2' if name == 'seeds' else kind.__name__
     raise UserError(f'{name} = {value!r} ({type(value).__name__}); give {kind_name}')
 
-# %% ../nbs/15_experiment.ipynb #f865e203
+# %% ../nbs/15_experiment.ipynb #4ea0e6a2
 def get_profile(name:str, **overrides # fields of `Profile`; None keeps the profile's value
                ) -> Profile:
     "A profile by name, with fields replaced and checked."
@@ -129,7 +129,7 @@ def given(namespace:dict) -> dict:
     return {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('profile', 'celeba')
             and (v is None or isinstance(v, (bool, int, float, str, list, tuple))) and k not in ('In', 'Out')}
 
-# %% ../nbs/15_experiment.ipynb #ed6d7e9a
+# %% ../nbs/15_experiment.ipynb #c9ab0c45
 def find_celeba(folder:str='') -> Path: # '' : the environment variable CELEBA
     "CelebA's folder; a relative one is looked for from here and from the repository's root."
     place = folder or os.environ.get('CELEBA', '')
@@ -148,7 +148,7 @@ def repo_root() -> Path:
             if ini.read(folder/'settings.ini', encoding='utf-8') and ini['DEFAULT'].get('lib_name') == 'diffclip_da': return folder
     return here
 
-# %% ../nbs/15_experiment.ipynb #3f898411
+# %% ../nbs/15_experiment.ipynb #38b53420
 def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px are written to `folder`
     "Drawn faces: class 0 has long hair, class 1 a beard. For trying out the chain."
     rng, files, labels = np.random.default_rng(seed), {}, {}
@@ -165,7 +165,7 @@ def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px 
         files[i], labels[i] = i, k % 2
     return ImageSet(name, Store(folder), files, labels, ['long hair', 'beard'])
 
-# %% ../nbs/15_experiment.ipynb #0a7bb3ad
+# %% ../nbs/15_experiment.ipynb #c4fc67d6
 def load_splits(p:Profile, celeba_folder:str='', folder='runs') -> dict: # `folder`: where toy images go
     "'train', 'valid', 'test' -> labelled `ImageSet`, disjoint in images and people."
     if p.dataset == 'toy': whole = {s: toy_faces(Path(folder)/'toy-faces'/s, 40, k, f'toy-{s}') for k, s in enumerate(SPLITS)}
@@ -179,7 +179,7 @@ def load_splits(p:Profile, celeba_folder:str='', folder='runs') -> dict: # `fold
 
 SPLITS = 'train', 'valid', 'test'
 
-# %% ../nbs/15_experiment.ipynb #631ba582
+# %% ../nbs/15_experiment.ipynb #2610945d
 def toy_models(size:int=16) -> tuple: # (unet, clip, embedder)
     "Tiny random networks with the interfaces of the real ones; `provenance` says random."
     with torch.random.fork_rng(devices=[]):
@@ -192,7 +192,7 @@ def toy_models(size:int=16) -> tuple: # (unet, clip, embedder)
     unet.info = info('U-Net', unet)
     return unet, Clip(model, open_clip.SimpleTokenizer(context_length=77), info('CLIP', model)), Embedder(net, 16, info('embedder', net))
 
-# %% ../nbs/15_experiment.ipynb #81256100
+# %% ../nbs/15_experiment.ipynb #ce5d22f4
 def load_guide(spec:str, # 'shipped', a folder, or an open_clip name with its weights, 'ViT-B-16/openai'; several joined by '+'
                device='cpu'):
     "One CLIP, or an ensemble."
@@ -211,7 +211,7 @@ def load_models(p:Profile, device='cpu') -> tuple: # (unet, clip, embedder), fro
     face = models[2] if p.embedder == 'toy' else load_embedder(p.embedder, device)
     return unet.to(device), guide.to(device), face.to(device)
 
-# %% ../nbs/15_experiment.ipynb #6cb2c462
+# %% ../nbs/15_experiment.ipynb #6b5204d0
 def sources_hash(*modules) -> str:
     "Hash of modules' code, comments at the start of a line left out."
     here = Path(diffclip_da.__file__).parent
@@ -238,7 +238,7 @@ class Experiment:
     @cached_property
     def models(self): return load_models(self.profile, self.device) # (unet, clip, embedder)
 
-# %% ../nbs/15_experiment.ipynb #d92b44de
+# %% ../nbs/15_experiment.ipynb #1a5d0bb4
 @patch(as_prop=True)
 def weights(self:Experiment) -> dict:
     "Role -> name, sha256, provenance, for records."
@@ -258,7 +258,7 @@ def stage(self:Experiment, name:str, key:str): # 'adapt test'; see above -> fold
     self.seconds[name] = read_json(done)['seconds']
     if not found: print(f'{name}: done in {self.seconds[name]:.0f} s', flush=True)
 
-# %% ../nbs/15_experiment.ipynb #69d3046d
+# %% ../nbs/15_experiment.ipynb #69441dfe
 @patch(as_prop=True)
 def tuned(self:Experiment) -> tuple: # (fine-tuned U-Net, history of its losses)
     "The fine-tuned network."
@@ -284,7 +284,7 @@ def adapted(self:Experiment) -> dict: # split -> ImageSet, same ids and labels
     self._adapted = done
     return done
 
-# %% ../nbs/15_experiment.ipynb #85da112d
+# %% ../nbs/15_experiment.ipynb #3f6572eb
 @patch
 def tensors(self:Experiment, split:str, domain:str) -> tuple: # 'train', 'valid', 'test'; 'original' or 'adapted' -> (x, y)
     "Images [n, 3, size, size] in [-1, 1] and labels [n] of a split."
@@ -310,7 +310,7 @@ def histories(self:Experiment, trained_on:str) -> pd.DataFrame: # 'original' or 
             tables.append(pd.DataFrame(read_json(folder/'history.json')).assign(seed=seed))
     return pd.concat(tables, ignore_index=True)[['seed', 'epoch', 'split', 'loss', 'accuracy', 'balanced_accuracy', 'auroc']]
 
-# %% ../nbs/15_experiment.ipynb #07184794
+# %% ../nbs/15_experiment.ipynb #5d1eb492
 def t_interval(values, confidence=.95) -> dict: # mean, ci95 [low, high] or None for a single value, n_seeds
     "Mean and Student's interval over independent runs (scipy.stats.t)."
     v = np.asarray(values, dtype=float)
@@ -324,7 +324,7 @@ def image_interval(share:float, n:int) -> list: # [low, high]
     ci = stats.binomtest(round(share * n), n).proportion_ci(method='wilson')
     return [float(ci.low), float(ci.high)]
 
-# %% ../nbs/15_experiment.ipynb #f0aca56f
+# %% ../nbs/15_experiment.ipynb #1c50fba8
 MEASURES = ('accuracy', 'balanced_accuracy', 'auroc')
 
 def summarise(history:pd.DataFrame, n_images:dict) -> dict: # from `histories`; split -> number of images
@@ -350,7 +350,7 @@ def tolerances(summary:dict, floor=.03, ceiling=.1) -> dict:
     "How far another machine's mean may lie from this one's: the half-width of the interval, within `floor` and `ceiling`."
     return {k: round(min(ceiling, max(floor, (s['ci95'][1] - s['ci95'][0]) / 2)), 4) if s['ci95'] else ceiling for k, s in summary.items()}
 
-# %% ../nbs/15_experiment.ipynb #97e6edfb
+# %% ../nbs/15_experiment.ipynb #9e50f6b6
 def plot_histories(history:pd.DataFrame, majority:float, target:str, caption:str, title:str) -> plt.Figure:
     "The paper's two panels, 12 x 5 inch."
     set_style()
@@ -373,7 +373,7 @@ def plot_histories(history:pd.DataFrame, majority:float, target:str, caption:str
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_experiment.ipynb #b694512a
+# %% ../nbs/15_experiment.ipynb #74390a24
 WORDS = dict(shipped='stand-in', published='published or own weights', random='RANDOM weights')
 
 @patch
@@ -399,7 +399,7 @@ def majority(self:Experiment) -> float:
     y, test = (self.splits[s].labels_of(self.splits[s].ids).float() for s in ('train', 'test'))
     return float((test == float(y.mean() > .5)).float().mean())
 
-# %% ../nbs/15_experiment.ipynb #e5b37c15
+# %% ../nbs/15_experiment.ipynb #38f0aaa5
 @patch
 def record(self:Experiment, figure:str, numbers:dict, summary:dict, tolerance:dict) -> dict:
     "A figure's record, with the seconds that each stage took where it was made."
@@ -420,7 +420,7 @@ def training_figure(exp:Experiment, figure:str, trained_on:str, title:str, extra
     save_figure(fig, record, h, exp.figures)
     return fig, record, h
 
-# %% ../nbs/15_experiment.ipynb #b9e0970b
+# %% ../nbs/15_experiment.ipynb #b122dcd8
 def figure3(exp:Experiment) -> tuple: # (fig, record, table)
     "Figure 3: the classifier trained on original images. Saved under figures/<profile>/."
     return training_figure(exp, 'figure3', 'original', 'Trained on original images')
@@ -434,7 +434,7 @@ def figure4(exp:Experiment) -> tuple: # (fig, record, table)
         return {f'adapted_minus_original_{k}': paired(k, ours, theirs) for k in names}
     return training_figure(exp, 'figure4', 'adapted', 'Trained on adapted images', gain)
 
-# %% ../nbs/15_experiment.ipynb #fef23d86
+# %% ../nbs/15_experiment.ipynb #782d200d
 def measure_adaptation(exp:Experiment) -> pd.DataFrame: # one row per test image
     "pixel_change (mean, of the 0-1 range), identity_cosine, and CLIP's probability of the target's words before and after."
     p, (_, guide, face), ids = exp.profile, exp.models, exp.splits['test'].ids
@@ -449,7 +449,7 @@ def measure_adaptation(exp:Experiment) -> pd.DataFrame: # one row per test image
     labels = [exp.splits['test'].classes[exp.splits['test'].labels[i]] for i in ids]
     return table.assign(id=ids, label=labels)[['id', 'label', *table.columns]]
 
-# %% ../nbs/15_experiment.ipynb #624d9d4e
+# %% ../nbs/15_experiment.ipynb #b4e78b71
 def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figure: # [n, 3, h, w] twice; classes in order; class of each
     "Sources above adapted images, one block of columns per class; each picture enlarged by Lanczos."
     set_style()
@@ -467,7 +467,7 @@ def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figu
     plt.close(fig)
     return fig
 
-# %% ../nbs/15_experiment.ipynb #154cc892
+# %% ../nbs/15_experiment.ipynb #583eb973
 def figure2(exp:Experiment, n:int=4) -> tuple: # images of each class -> (fig, record, table)
     "Figure 2: sources above adapted images, the first test images of each class. Saved under figures/<profile>/."
     test, table = exp.splits['test'], measure_adaptation(exp)
@@ -483,7 +483,7 @@ def figure2(exp:Experiment, n:int=4) -> tuple: # images of each class -> (fig, r
     save_figure(fig, record, table, exp.figures)
     return fig, record, table
 
-# %% ../nbs/15_experiment.ipynb #d885b04d
+# %% ../nbs/15_experiment.ipynb #b19a3dfa
 def results_table(record:dict) -> pd.DataFrame:
     "A record's accuracies with their intervals beside the paper's; for Figure 2 its measures."
     summary, paper = record['summary'], dict(PAPER_NUMBERS.get(record['figure'], {}))
@@ -501,7 +501,7 @@ def results_table(record:dict) -> pd.DataFrame:
     table = pd.DataFrame(rows).set_index('').round(3)
     return table.astype(object).where(table.notna(), '')
 
-# %% ../nbs/15_experiment.ipynb #9820026b
+# %% ../nbs/15_experiment.ipynb #ed3f83f7
 def compare_records(new:dict, committed:dict) -> pd.DataFrame: # -> metric, new, committed, difference, tolerance, ok
     "Whether `new` agrees with `committed` within its tolerances. `UserError` if they are not of the same figure and settings."
     for k in ('figure', 'profile'):
@@ -516,7 +516,7 @@ def compare_records(new:dict, committed:dict) -> pd.DataFrame: # -> metric, new,
         rows.append(dict(metric=k, new=mine, committed=theirs, difference=mine - theirs, tolerance=tol, ok=bool(abs(mine - theirs) <= tol)))
     return pd.DataFrame(rows, columns=['metric', 'new', 'committed', 'difference', 'tolerance', 'ok']).set_index('metric')
 
-# %% ../nbs/15_experiment.ipynb #b5e4a2c0
+# %% ../nbs/15_experiment.ipynb #b03e4921
 def experiment_parser() -> argparse.ArgumentParser:
     "The options of `python -m diffclip_da.experiment`."
     parser = argparse.ArgumentParser('python -m diffclip_da.experiment', description='Make Figures 2-4, or compare their records.')

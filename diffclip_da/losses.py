@@ -6,13 +6,13 @@
 __all__ = ['cosine_loss', 'global_loss', 'text_direction', 'directional_loss', 'check_pair', 'view_params', 'augment', 'l1_loss',
            'diffusionclip_loss']
 
-# %% ../nbs/10_losses.ipynb #c3b759fd
+# %% ../nbs/10_losses.ipynb #9b54b34a
 import torch
 from torch.nn import functional as F
 
 from .core import UserError
 
-# %% ../nbs/10_losses.ipynb #930101e6
+# %% ../nbs/10_losses.ipynb #e120eb81
 def cosine_loss(a,       # [b, d], any length, zero allowed
                 b,       # [b, d] or [1, d], not zero
                 eps=0.,  # lengths of `a` well below it count as "no direction yet"
@@ -20,7 +20,7 @@ def cosine_loss(a,       # [b, d], any length, zero allowed
     "Mean of 1 - cos; with `eps` > 0 its gradient with respect to `a` never exceeds 1 / eps, even at a = 0."
     return (1 - (a * F.normalize(b, dim=-1)).sum(-1) / (a.square().sum(-1) + eps**2).sqrt()).mean()
 
-# %% ../nbs/10_losses.ipynb #3c5d8413
+# %% ../nbs/10_losses.ipynb #b07ab0c1
 def global_loss(clip,          # a `Clip` or `ClipEnsemble`
                 x_gen,         # [b, 3, h, w] in [-1, 1]
                 text_features, # [1, d] or [b, d], from `clip.encode_text`
@@ -28,7 +28,7 @@ def global_loss(clip,          # a `Clip` or `ClipEnsemble`
     "Distance of pictures to a text. It knows nothing of the source: shown to fail below."
     return cosine_loss(clip.encode_image(x_gen), text_features)
 
-# %% ../nbs/10_losses.ipynb #b38b8697
+# %% ../nbs/10_losses.ipynb #a93afb97
 def text_direction(clip,   # a `Clip` or `ClipEnsemble`
                    source, # words for the domain that the images are from; a list = paraphrases, averaged
                    target, # words for the domain to go to, likewise
@@ -44,7 +44,7 @@ def text_direction(clip,   # a `Clip` or `ClipEnsemble`
         parts.append(F.normalize(tar - src, dim=-1))
     return torch.cat(parts, -1).detach()
 
-# %% ../nbs/10_losses.ipynb #31bf0bc2
+# %% ../nbs/10_losses.ipynb #d45e05a6
 def directional_loss(clip,     # a `Clip` or `ClipEnsemble`: the mean over its members
                      x_gen,    # [b, 3, h, w] in [-1, 1]
                      x_ref,    # same shape: the sources, in the same order
@@ -62,13 +62,13 @@ def directional_loss(clip,     # a `Clip` or `ClipEnsemble`: the mean over its m
     if start != delta_t.shape[-1]: raise UserError(f'delta_t has {delta_t.shape[-1]} numbers, the CLIP {start}; compute it by text_direction with the same CLIP')
     return torch.stack(losses).mean()
 
-# %% ../nbs/10_losses.ipynb #1d8a45bd
+# %% ../nbs/10_losses.ipynb #490a5174
 def check_pair(x_gen, x_ref):
     "Both image batches must have one shape: a batch of 1 against a batch of b would broadcast silently."
     if x_gen.shape != x_ref.shape or x_gen.ndim != 4:
         raise UserError(f'x_gen and x_ref must be images of the same shape [b, 3, h, w], got {list(x_gen.shape)} and {list(x_ref.shape)}')
 
-# %% ../nbs/10_losses.ipynb #af64d3e6
+# %% ../nbs/10_losses.ipynb #b7f28b05
 def view_params(n, generator, # number of views; they are drawn on the generator's device
                 scale, shift, # smallest crop's side; largest shift, both as parts of the image's side
                ):             # [n, 2, 3] for `F.affine_grid`
@@ -81,7 +81,7 @@ def view_params(n, generator, # number of views; they are drawn on the generator
     theta[:, :, 2] = (2 * u[:, 1:] - 1) * (1 - s + 2 * shift)[:, None]
     return theta
 
-# %% ../nbs/10_losses.ipynb #f5e9930b
+# %% ../nbs/10_losses.ipynb #da18c4d5
 def augment(x_gen, x_ref, # [b, 3, h, w] in [-1, 1], twice
             n_crops,      # views of each image; 0 = the images as they are
             generator,    # a torch.Generator (core.new_generator): the same state gives the same views
@@ -99,13 +99,13 @@ def augment(x_gen, x_ref, # [b, 3, h, w] in [-1, 1], twice
     eps = torch.randn(both.shape[1:], generator=generator, device=generator.device).to(both) * noise
     return tuple(F.grid_sample(x, grid, mode='bilinear', padding_mode='reflection', align_corners=False) + eps for x in both)
 
-# %% ../nbs/10_losses.ipynb #8e4b0256
+# %% ../nbs/10_losses.ipynb #f7edf034
 def l1_loss(x_gen, x_ref): # [b, 3, h, w] in [-1, 1], twice -> scalar, 0 to 2
     "Mean absolute pixel difference: keeps background and geometry where CLIP has no opinion."
     check_pair(x_gen, x_ref)
     return (x_gen - x_ref).abs().mean()
 
-# %% ../nbs/10_losses.ipynb #6bb3adc4
+# %% ../nbs/10_losses.ipynb #0b730b8b
 def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
                        clip, embedder, delta_t,  # guide; face embedder or None; `text_direction(clip, ...)`
                        clip_weight=3., l1_weight=.3, id_weight=0.,
