@@ -6,7 +6,7 @@
 __all__ = ['LICENCE_NOTE', 'SPLITS', 'reconstruction_mae', 'frechet_distance', 'embed_all', 'ClassGaussian', 'draw_faces',
            'label_agreement', 'nearest', 'write_asset_card', 'write_faces', 'unet_asset', 'faces_asset', 'main']
 
-# %% ../nbs/19_assets.ipynb #b1300923
+# %% ../nbs/19_assets.ipynb #2740430c
 import argparse
 import io
 import shutil
@@ -28,7 +28,7 @@ from .identity import load_embedder
 from .schedule import Schedule, linear_schedule
 from .unet import WEIGHTS_NAME, guided, load_unet, save_unet
 
-# %% ../nbs/19_assets.ipynb #8d5730b2
+# %% ../nbs/19_assets.ipynb #f61e9c40
 @torch.no_grad()
 def reconstruction_mae(model, x0,        # eps_model; [n, c, h, w] in [-1, 1]
                        n_inv: int, n_gen: int, schedule: Schedule, t0: int = 500, batch_size: int = 32, method='ddim', n_iter: int = 1) -> float:
@@ -38,7 +38,7 @@ def reconstruction_mae(model, x0,        # eps_model; [n, c, h, w] in [-1, 1]
         total += (reconstruct(model, x, t0, n_inv, n_gen, schedule, method, n_iter) - x).abs().sum().item() / 2
     return total / x0.numel()
 
-# %% ../nbs/19_assets.ipynb #199a2054
+# %% ../nbs/19_assets.ipynb #b39c4ba5
 def frechet_distance(a, b) -> float: # features [n, d], [m, d]; n, m > d for a meaningful covariance
     "Squared Fréchet distance of the two Gaussians fitted to the features"
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
@@ -46,13 +46,13 @@ def frechet_distance(a, b) -> float: # features [n, d], [m, d]; n, m > d for a m
     root = sqrtm(s1 @ s2 + 1e-10 * np.eye(len(s1))).real
     return float(((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(s1 + s2 - 2 * root))
 
-# %% ../nbs/19_assets.ipynb #ec59b2c4
+# %% ../nbs/19_assets.ipynb #bae41a08
 @torch.no_grad()
 def embed_all(embedder, x, batch_size: int = 64): # [n, 3, h, w] in [-1, 1] -> unit features [n, d] as numpy
     "Features of many images"
     return torch.cat([embedder.embed(b) for b in x.split(batch_size)]).cpu().numpy()
 
-# %% ../nbs/19_assets.ipynb #6933cf53
+# %% ../nbs/19_assets.ipynb #e5b35be5
 class ClassGaussian:
     "Mean and leading principal components of each class's photos; draws new faces of a class"
     def __init__(self, x, y,     # [n, 3, h, w] in [-1, 1], [n]
@@ -71,7 +71,7 @@ class ClassGaussian:
         z = torch.randn(len(labels), self.k, generator=generator)
         return torch.stack([self.fits[c][0] + self.fits[c][1] @ e for c, e in zip(labels.tolist(), z)]).reshape(-1, *self.shape).clamp(-1, 1)
 
-# %% ../nbs/19_assets.ipynb #d72543e0
+# %% ../nbs/19_assets.ipynb #8db885f7
 @torch.inference_mode()
 def draw_faces(model, n: int,           # class-conditional U-Net; how many, both classes alike
                seed: int, schedule: Schedule, out, # folder for finished batches
@@ -86,19 +86,19 @@ def draw_faces(model, n: int,           # class-conditional U-Net; how many, bot
         with atomic_write(path) as f: np.save(f, to_uint8(drawn).numpy())
     return torch.from_numpy(np.concatenate([np.load(p) for p in paths])), labels
 
-# %% ../nbs/19_assets.ipynb #3d3e26d5
+# %% ../nbs/19_assets.ipynb #03d3181c
 def label_agreement(clip, x, labels, prompts=('a woman', 'a man'), batch_size: int = 100) -> float: # [n, 3, h, w] in [-1, 1], [n]
     "Share of images that CLIP, zero-shot, gives the label they were drawn for"
     picked = torch.cat([zero_shot(clip, b, list(prompts)).argmax(1).cpu() for b in x.split(batch_size)])
     return (picked == labels).float().mean().item()
 
-# %% ../nbs/19_assets.ipynb #31c8a113
+# %% ../nbs/19_assets.ipynb #a3b71082
 def nearest(a, b):        # unit features [n, d], [m, d]
     "-> for each row of a: index of and cosine with its nearest row of b"
     cos = a @ b.T
     return cos.argmax(1), cos.max(1)
 
-# %% ../nbs/19_assets.ipynb #645e93d5
+# %% ../nbs/19_assets.ipynb #f6d52cf2
 def write_asset_card(folder, measured: dict, targets: dict, data: str, licence_note: str, training: dict, limits: str):
     "`card.json` for all files that are in `folder`"
     folder = Path(folder)
@@ -117,7 +117,7 @@ def write_faces(folder, images, labels, splits: dict): # uint8 [n, 3, h, w], [n]
     table = pd.DataFrame(dict(id=ids, label=labels.tolist(), split=np.repeat(list(splits), list(splits.values()))))
     with atomic_write(folder / 'labels.csv') as f: f.write(table.to_csv(index=False, lineterminator='\n').encode())
 
-# %% ../nbs/19_assets.ipynb #5df40a5c
+# %% ../nbs/19_assets.ipynb #0bd41d6b
 LICENCE_NOTE = ("Made by this project's own code. The training photos are CelebA's (Liu et al., 2015), provided for non-commercial research; "
                 "none is included, and use of this file should respect those terms.")
 SPLITS = dict(train=400, valid=100, test=300)
@@ -138,7 +138,7 @@ def unet_asset(args, model, samples, features, test, schedule):
                f'measured on {len(recon)} test photos at t0 = 500; the Frechet distances in the shipped embedder, from {len(samples)} faces drawn from noise.')
     return measured
 
-# %% ../nbs/19_assets.ipynb #d45bde1d
+# %% ../nbs/19_assets.ipynb #73cb2b4e
 def faces_asset(args, images, labels, photos, features):
     "Audit the drawn faces and write `faces/` with its card"
     (train, test), drawn = photos, from_uint8(images)
@@ -155,7 +155,7 @@ def faces_asset(args, images, labels, photos, features):
                'judge disagrees; biases of CelebA (celebrities, mostly young and light-skinned, women with make-up) are the model\'s too.')
     return measured
 
-# %% ../nbs/19_assets.ipynb #96067095
+# %% ../nbs/19_assets.ipynb #22c22dca
 def _photos(folder, partition, size): # -> (x [n, 3, size, size] in [-1, 1], y [n])
     s = celeba(folder, partition)
     return s.tensor(s.ids, size), s.labels_of(s.ids)
@@ -184,5 +184,5 @@ def main(argv=None) -> int:
     for k, v in measured.items(): print(f'{k:50} {v:.4g}')
     return 0
 
-# %% ../nbs/19_assets.ipynb #e93f5737
+# %% ../nbs/19_assets.ipynb #1c9eea55
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

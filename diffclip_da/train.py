@@ -6,7 +6,7 @@
 __all__ = ['TrainConfig', 'ema_update', 'training_batch', 'TrainState', 'train_step', 'NanLoss', 'train_diffusion',
            'load_training_set', 'main']
 
-# %% ../nbs/08_train.ipynb #0c9ef93a
+# %% ../nbs/08_train.ipynb #794fb856
 import argparse
 import copy
 import math
@@ -23,7 +23,7 @@ from .reverse import diffusion_loss, p2_weight
 from .schedule import Schedule, linear_schedule
 from .unet import EpsUNet, load_unet, save_unet, small_unet
 
-# %% ../nbs/08_train.ipynb #1acf1f0f
+# %% ../nbs/08_train.ipynb #c2d4a0be
 @dataclass(frozen=True)
 class TrainConfig:
     "How to train the denoiser (defaults: two CPU cores, 64 px)"
@@ -49,7 +49,7 @@ class TrainConfig:
     def lr_factor(self, step): # of the peak rate, step from 0
         return min(1, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / self.n_steps)))
 
-# %% ../nbs/08_train.ipynb #8efc1b74
+# %% ../nbs/08_train.ipynb #eb414858
 @torch.no_grad()
 def ema_update(ema: nn.Module, # the average, changed in place
                model: nn.Module, decay: float, step: int):
@@ -57,7 +57,7 @@ def ema_update(ema: nn.Module, # the average, changed in place
     d = min(decay, (1 + step) / (10 + step))
     for a, b in zip(ema.parameters(), model.parameters()): a.lerp_(b, 1 - d)
 
-# %% ../nbs/08_train.ipynb #0a32adc6
+# %% ../nbs/08_train.ipynb #7697e315
 def training_batch(images,     # [n, c, h, w] uint8
                    labels,     # [n] int64, or None
                    n_classes: int, cfg: TrainConfig, schedule: Schedule, generator):
@@ -71,7 +71,7 @@ def training_batch(images,     # [n, c, h, w] uint8
     t = torch.randint(schedule.T, (cfg.batch_size,), generator=generator)
     return x0, y, t, torch.randn(x0.shape, generator=generator)
 
-# %% ../nbs/08_train.ipynb #47b23bcc
+# %% ../nbs/08_train.ipynb #23d60b49
 class TrainState:
     "Model, average, optimiser, schedule of the rate, generator and step: all that the next step depends on"
     def __init__(self, model: EpsUNet, cfg: TrainConfig, device='cpu'):
@@ -97,7 +97,7 @@ class TrainState:
         for k, v in self.parts.items(): v.load_state_dict(s[k])
         self.generator.set_state(s['generator'].cpu()); self.step, self.history = s['step'], s['history']
 
-# %% ../nbs/08_train.ipynb #291241a5
+# %% ../nbs/08_train.ipynb #4788a4ca
 def train_step(state: TrainState, images, labels, schedule: Schedule):
     "Draw a batch, take one optimiser step; returns the loss as a tensor"
     cfg, dev = state.cfg, state.device
@@ -112,7 +112,7 @@ def train_step(state: TrainState, images, labels, schedule: Schedule):
     ema_update(state.ema, state.model, cfg.ema, state.step)
     return loss.detach()
 
-# %% ../nbs/08_train.ipynb #ff19dbdc
+# %% ../nbs/08_train.ipynb #650b7fd4
 class NanLoss(UserError, FloatingPointError):
     "The loss is not finite"
 
@@ -140,7 +140,7 @@ def train_diffusion(model: EpsUNet,       # trained in place
         if state.step % cfg.checkpoint_every == 0 or state.step == cfg.n_steps: _checkpoint(state, losses, path)
     return state.ema, state.history
 
-# %% ../nbs/08_train.ipynb #8dcdb950
+# %% ../nbs/08_train.ipynb #3557a7ed
 def _check_training_set(model, images, labels):
     "Sizes, types and label values, before any work"
     if images.dtype != torch.uint8 or images.dim() != 4: raise UserError(f'images must be uint8 [n, c, h, w], got {images.dtype} {tuple(images.shape)}')
@@ -151,7 +151,7 @@ def _check_training_set(model, images, labels):
     if labels is None or len(labels) != len(images): raise UserError(f'{len(images)} images but {0 if labels is None else len(labels)} labels: a class-conditional model needs one each')
     if labels.min() < 0 or labels.max() >= model.n_classes: raise UserError(f'labels must lie in 0..{model.n_classes - 1}, got {labels.min().item()}..{labels.max().item()}')
 
-# %% ../nbs/08_train.ipynb #2e05bd80
+# %% ../nbs/08_train.ipynb #c83bd4ce
 def load_training_set(args):
     "The command line's images as uint8 [n, 3, s, s], their labels, and the number of classes"
     if bool(args.celeba) == bool(args.images): raise UserError('give exactly one of --celeba and --images')
@@ -183,5 +183,5 @@ def main(argv=None) -> int:
     print(f'wrote {Path(args.out) / "model"}')
     return 0
 
-# %% ../nbs/08_train.ipynb #cba816a4
+# %% ../nbs/08_train.ipynb #88f57819
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main()) # a notebook has no __file__

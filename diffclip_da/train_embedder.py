@@ -169,7 +169,9 @@ class DistillRun:
         self.key = canonical_hash([{k: v for k, v in asdict(cfg).items() if k != 'n_images'}, len(images), targets.double().sum().item()])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            self.net = FaceNet64(cfg.widths, cfg.depths, targets.shape[1]).to(device, memory_format=torch.channels_last).train()
+            # channels last is the faster layout on a CPU; with widths that are no multiple of 8 oneDNN's backward pass corrupts memory there
+            self.layout = torch.channels_last if all(w % 8 == 0 for w in cfg.widths) else torch.contiguous_format
+            self.net = FaceNet64(cfg.widths, cfg.depths, targets.shape[1]).to(device, memory_format=self.layout).train()
         if init is not None: self.net.load_state_dict(init, strict=False)
         self.mean = copy.deepcopy(self.net).requires_grad_(False)
         self.opt = torch.optim.AdamW(self.net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
@@ -189,7 +191,7 @@ def train_step(self:DistillRun):
     "One batch."
     start = time.time()
     i, x = training_pictures(self.images, self.cfg, self.step)
-    loss = distill_loss(self.net(x.to(self.device, memory_format=torch.channels_last)), self.targets[i].to(self.device), self.cfg.relation)
+    loss = distill_loss(self.net(x.to(self.device).contiguous(memory_format=self.layout)), self.targets[i].to(self.device), self.cfg.relation)
     if not loss.isfinite(): raise UserError(f'the loss is {loss.item()} at step {self.step}; lower --lr (it is {self.cfg.lr}) and start anew')
     self.opt.param_groups[0]['lr'] = self.cfg.lr * min(1, (self.step + 1) / 100)
     self.opt.zero_grad(set_to_none=True); loss.backward(); self.opt.step()
