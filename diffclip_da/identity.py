@@ -7,7 +7,7 @@ __all__ = ['FACE_BOX', 'FACENET_FILES', 'FACENET_URL', 'FACENET_SCALE', 'Embedde
            'ResBlock', 'FaceNet64', 'read_state', 'fit_state', 'facenet', 'facenet_file', 'load_embedder',
            'identity_loss']
 
-# %% ../nbs/11_identity.ipynb #b58d4bba
+# %% ../nbs/11_identity.ipynb #3fe0efbc
 import os, pickle
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .core import UserError, asset_file, load_card, sha256_file
 from .losses import cosine_loss
 
-# %% ../nbs/11_identity.ipynb #1c7efe4f
+# %% ../nbs/11_identity.ipynb #6f64a733
 class Embedder(nn.Module):
     "A frozen face recogniser with gradients to the pixels. `info` has name, sha256 and provenance."
     def __init__(self, net,        # [b, 3, size, size] -> [b, d]
@@ -38,7 +38,7 @@ class Embedder(nn.Module):
     def embed(self, x): # [b, 3, h, w] in [-1, 1] -> [b, d] unit norm
         return F.normalize(self.net(face_input(x, self.size, self.face_box) * self.value_scale), dim=-1)
 
-# %% ../nbs/11_identity.ipynb #d47906f7
+# %% ../nbs/11_identity.ipynb #415fc504
 FACE_BOX = tuple(v / 148 for v in (14, 16, 134, 136))  # left, top, right, bottom; chapter 18 tells how it was found
 
 def check_face_box(box): # (left, top, right, bottom), parts of the sides, or None
@@ -50,7 +50,7 @@ def check_face_box(box): # (left, top, right, bottom), parts of the sides, or No
         raise UserError(f'face_box {box!r}: give left < right and top < bottom as parts of the image, between 0 and 1')
     return l, t, r, b
 
-# %% ../nbs/11_identity.ipynb #d28f4aa4
+# %% ../nbs/11_identity.ipynb #fdef6f24
 def face_input(x, # [b, 3, h, w] in [-1, 1]
                size:int, box=None, # as in `Embedder`
               ):  # [b, 3, size, size]
@@ -62,12 +62,12 @@ def face_input(x, # [b, 3, h, w] in [-1, 1]
         x = x[..., t:max(b, t + 1), l:max(r, l + 1)]
     return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False)
 
-# %% ../nbs/11_identity.ipynb #47bce881
+# %% ../nbs/11_identity.ipynb #7ae97fac
 def conv_bn(n_in, n_out, k=3, stride=1, groups=1, padding=None):
     "Convolution without bias, then batch norm."
     return nn.Sequential(nn.Conv2d(n_in, n_out, k, stride, k // 2 if padding is None else padding, groups=groups, bias=False), nn.BatchNorm2d(n_out))
 
-# %% ../nbs/11_identity.ipynb #13c41ba7
+# %% ../nbs/11_identity.ipynb #f12f85b3
 class ResBlock(nn.Module):
     "Two convolutions with a way around them."
     def __init__(self, n_in, n_out, stride=1):
@@ -77,7 +77,7 @@ class ResBlock(nn.Module):
 
     def forward(self, x): return F.relu(self.skip(x) + self.conv2(F.relu(self.conv1(x))))
 
-# %% ../nbs/11_identity.ipynb #e87474c8
+# %% ../nbs/11_identity.ipynb #70127b5b
 class FaceNet64(nn.Module):
     "[b, 3, 64, 64] in [-1, 1] -> [b, dim], not normalised."
     def __init__(self, widths=(24, 48, 96, 192), # channels at 32, 16, 8 and 4 px
@@ -93,7 +93,7 @@ class FaceNet64(nn.Module):
 
     def forward(self, x): return self.head(self.pool(self.body(F.relu(self.stem(F.pixel_unshuffle(x, 2)))))).flatten(1)
 
-# %% ../nbs/11_identity.ipynb #7121290e
+# %% ../nbs/11_identity.ipynb #f4b75d9a
 def read_state(path) -> dict: # name -> tensor
     "The state dict in a `.safetensors` file or a PyTorch file; tensors only, never code. `UserError` names the file and the mend."
     path = Path(path)
@@ -112,7 +112,7 @@ def read_state(path) -> dict: # name -> tensor
         raise UserError(f'{path} is not a state dict (names -> tensors); save model.state_dict()')
     return state
 
-# %% ../nbs/11_identity.ipynb #9063125e
+# %% ../nbs/11_identity.ipynb #5b9b448c
 def fit_state(net, state:dict, path, what:str): # module; from `read_state`; the file and the network's name, for the message
     "Load `state` into `net`; `UserError` if names or shapes differ."
     want = net.state_dict()
@@ -125,7 +125,7 @@ def fit_state(net, state:dict, path, what:str): # module; from `read_state`; the
     net.load_state_dict(state, strict=False)
     return net
 
-# %% ../nbs/11_identity.ipynb #8c51b531
+# %% ../nbs/11_identity.ipynb #dc678931
 FACENET_FILES = {'vggface2': '20180402-114759-vggface2.pt', 'casia-webface': '20180408-102900-casia-webface.pt'}
 FACENET_URL = 'https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/'
 FACENET_SCALE = 127.5 / 128
@@ -139,7 +139,7 @@ def facenet(spec:str, # 'vggface2', 'casia-webface', or the path of such a weigh
     state = {k: v for k, v in read_state(path).items() if not k.startswith('logits.')}
     return fit_state(InceptionResnetV1(), state, path, "facenet-pytorch's InceptionResnetV1"), sha256_file(path)
 
-# %% ../nbs/11_identity.ipynb #8bbcc8f7
+# %% ../nbs/11_identity.ipynb #31ec33ec
 def facenet_file(name:str) -> Path: # 'vggface2' or 'casia-webface'
     "The published file in torch's cache (where facenet-pytorch keeps it too), downloaded if need be."
     path, url = Path(torch.hub.get_dir()).parent/'checkpoints'/FACENET_FILES[name], FACENET_URL + FACENET_FILES[name]
@@ -156,7 +156,7 @@ def facenet_file(name:str) -> Path: # 'vggface2' or 'casia-webface'
                         f"or give its place: load_embedder('facenet:/path/to/{path.name}')") from None
     return path
 
-# %% ../nbs/11_identity.ipynb #281d4f4f
+# %% ../nbs/11_identity.ipynb #73be650f
 def load_embedder(name='shipped', # see the table
                   device='cpu',
                   face_box=None,  # (left, top, right, bottom) as parts of the sides; None: `FACE_BOX` for FaceNet64, the whole picture for facenet
@@ -174,7 +174,7 @@ def load_embedder(name='shipped', # see the table
     net = fit_state(FaceNet64(), read_state(path), path, 'FaceNet64')
     return Embedder(net, 64, dict(info, sha256=sha256_file(path)), face_box or FACE_BOX).to(device)
 
-# %% ../nbs/11_identity.ipynb #f4dadc4d
+# %% ../nbs/11_identity.ipynb #5fa05fa4
 def identity_loss(embedder, # an `Embedder`, or anything with `embed`
                   x_gen,    # [b, 3, h, w] in [-1, 1]
                   x_ref,    # same shape: the sources, in the same order

@@ -181,6 +181,9 @@ class DistillRun:
         for k in ('net', 'mean', 'opt'): getattr(self, k).load_state_dict(saved[k])
         self.step, self.history, self.seconds = saved['step'], saved['history'], saved.get('seconds', 0.)
 
+    @property
+    def seen(self): return self.step * min(self.cfg.batch_size, len(self.images))  # pictures
+
     def save(self):
         state = {k: getattr(self, k).state_dict() for k in ('net', 'mean', 'opt')}
         with atomic_write(self.path) as f: torch.save(dict(state, key=self.key, step=self.step, history=self.history, seconds=self.seconds), f)
@@ -261,8 +264,8 @@ def embedder_card(run, measured, teacher_info, data, sha, before): # a `DistillR
         name='facenet64', measured=measured, targets=dict(verification_auc=.95, verification_auc_photo_sketch=.85), data=data,
         licence_note='Weights distilled from a MobileFaceNet under Apache-2.0; the pictures are CelebA, for non-commercial research only, and so are these weights.',
         training=dict(command='python -m diffclip_da.train_embedder --celeba CELEBA --teacher mobilefacenet.pt --fs2k FS2K --out runs/embedder' + (' --init FIRST/embedder.safetensors' if before else ''),
-                      images_seen=run.step * run.cfg.batch_size + (before or {}).get('images_seen', 0), seconds=round(run.seconds), device=f'{run.device}, {torch.get_num_threads()} threads',
-                      config=asdict(run.cfg) | dict(n_images=run.step * run.cfg.batch_size), teacher=teacher_info, before=before),
+                      images_seen=run.seen + (before or {}).get('images_seen', 0), seconds=round(run.seconds), device=f'{run.device}, {torch.get_num_threads()} threads',
+                      config=asdict(run.cfg) | dict(n_images=run.seen), teacher=teacher_info, before=before),
         limits=['64 px, frontal faces framed as in CelebA; do not use it to recognise people',
                 'celebrities of one data set: other ages and skin colours are under-represented, and errors will not be even',
                 'the styles that it was trained on are computed, not drawn by hand',

@@ -185,11 +185,10 @@ def toy_celeba(root, n=12):
     (root/'list_attr_celeba.txt').write_text(f'{n}\nMale\n' + ''.join(f'{k} {1 if i % 2 else -1}\n' for i, k in enumerate(names)))
 
 
-def test_command_end_to_end(tmp_path, monkeypatch):
+def test_command_end_to_end(tmp_path):
     toy_celeba(tmp_path/'celeba')
     torch.manual_seed(0)
     torch.save(MobileFaceNet().state_dict(), tmp_path/'t.pt')
-    monkeypatch.setattr(DistillConfig, 'batch_size', 8)
     main(['--celeba', str(tmp_path/'celeba'), '--teacher', str(tmp_path/'t.pt'), '--out', str(tmp_path/'out'), '--n-images', '8'])
     card = json.loads((tmp_path/'out'/'card.json').read_text())
     assert 0 <= card['measured']['verification_auc'] <= 1 and card['training']['images_seen'] == 8
