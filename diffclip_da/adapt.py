@@ -27,7 +27,7 @@ from .core import (UserError, atomic_write, canonical_hash, default_device, frie
                               read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
 from .data import IMAGE_SUFFIXES, ImageSet, Store, image_folder
 from .ddim import invert, sample, step_pairs
-from .finetune import FinetuneConfig, cached_latents, device_of, finetune, finetune_key, tensor_hash, weights_hash
+from .finetune import FinetuneConfig, cached_latents, check_steps, device_of, finetune, finetune_key, need, tensor_hash, weights_hash
 from .identity import load_embedder
 from .schedule import linear_schedule
 from .unet import load_unet
@@ -52,11 +52,7 @@ class AdaptConfig:
 @patch
 def validate(self:AdaptConfig, T:int) -> AdaptConfig:
     "`self`, or `UserError` naming the field and the mend."
-    def need(ok, text):
-        if not ok: raise UserError(text)
-    need(0 < self.t0 < T, f't0 = {self.t0}: the return step must lie between 1 and {T - 1} for a schedule of {T} steps')
-    for n in ('n_inv', 'n_gen'):
-        need(1 <= getattr(self, n) <= self.t0, f'{n} = {getattr(self, n)}: there must be 1 to t0 = {self.t0} steps; lower {n} or raise t0')
+    check_steps(self, T)
     for n in ('size', 'batch_size', 'shard_size'): need(getattr(self, n) >= 1, f'{n} = {getattr(self, n)}: must be 1 or more')
     need(0 <= self.eta <= 1, f'eta = {self.eta}: must lie between 0 and 1')
     for n, allowed in dict(inversion_model=('pretrained', 'finetuned'), dtype=('float32', 'bfloat16', 'float16')).items():
@@ -411,7 +407,7 @@ def adapt_parser() -> argparse.ArgumentParser:
         ('batch-size', int, 16, 'images at a time; halved when memory runs out'), ('size', int, None, "pixels (default: the U-Net's)"),
         ('device', str, None, 'cpu, cuda, cuda:1, mps (default: the best there is)'), ('lr', float, 6e-5, 'learning rate of fine-tuning'),
         ('clip-weight', float, 3., 'weight of the CLIP loss'), ('l1-weight', float, .3, 'weight of the pixel loss'),
-        ('id-weight', float, 0., 'weight of the face identity loss'), ('grad', str, 'full', "'checkpoint' needs less memory"),
+        ('id-weight', float, 0., 'weight of the face identity loss'), ('grid-weight', float, 3., 'weight against patterns of period two'), ('grad', str, 'full', "'checkpoint' needs less memory"),
         ('unet', str, 'shipped', 'diffusion weights: shipped, or a folder'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, an open_clip name, or several with commas'),
         ('embedder', str, 'shipped', 'face embedder for --id-weight')): p.add_argument(f'--{name}', type=kind, default=default, help=f'{text} (default: {default})' if default is not None else text)
     p.add_argument('--skip-bad', action='store_true', help='leave out images that cannot be read, and list them in report.json')

@@ -66,7 +66,7 @@ class Profile:
     inversion: str = FinetuneConfig.inversion; n_iter: int = FinetuneConfig.n_iter
     n_images: int = FinetuneConfig.n_images; passes: int = FinetuneConfig.passes; tune_batch_size: int = FinetuneConfig.batch_size
     lr: float = FinetuneConfig.lr; lr_growth: float = FinetuneConfig.lr_growth
-    clip_weight: float = FinetuneConfig.clip_weight; l1_weight: float = FinetuneConfig.l1_weight; id_weight: float = FinetuneConfig.id_weight
+    clip_weight: float = FinetuneConfig.clip_weight; l1_weight: float = FinetuneConfig.l1_weight; id_weight: float = FinetuneConfig.id_weight; grid_weight: float = FinetuneConfig.grid_weight
     n_crops: int = FinetuneConfig.n_crops; augment_noise: float = FinetuneConfig.augment_noise
     grad: str = FinetuneConfig.grad; tune_seed: int = FinetuneConfig.seed
     inversion_model: str = AdaptConfig.inversion_model; eta: float = AdaptConfig.eta; dtype: str = AdaptConfig.dtype
@@ -91,7 +91,7 @@ PROFILES = {p.name: p for p in (
     Profile('embedded', n_train=400, n_valid=100, n_test=300, **CHEAP_INVERSION),
     Profile('celeba64', dataset='celeba', n_valid=100, **CHEAP_INVERSION),
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai', embedder='facenet:vggface2',
-            t0=601, id_weight=.3, tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
+            t0=601, id_weight=.3, grid_weight=0., tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
     Profile('toy', dataset='toy', size=16, n_train=24, n_valid=12, n_test=16, balanced=True, unet='toy', clip='toy', embedder='toy', t0=200,
             n_inv=4, n_gen=2, n_images=4, passes=1, shard_size=8, epochs=2))}
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['cosine_loss', 'global_loss', 'text_direction', 'directional_loss', 'check_pair', 'view_params', 'augment', 'l1_loss',
-           'diffusionclip_loss']
+           'grid_loss', 'diffusionclip_loss']
 
 # %% ../nbs/10_losses.ipynb #9b54b34a
 import torch
@@ -106,9 +106,21 @@ def l1_loss(x_gen, x_ref): # [b, 3, h, w] in [-1, 1], twice -> scalar, 0 to 2
     return (x_gen - x_ref).abs().mean()
 
 # %% ../nbs/10_losses.ipynb #0b730b8b
+def grid_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice; h and w at least 2
+              window=16):    # pixels, even; smaller pictures are one window
+    "Mean amplitude of patterns of period two in the change, 0 for none."
+    check_pair(x_gen, x_ref)
+    h, w = x_gen.shape[-2:]
+    if min(h, w) < 2: raise UserError(f'a pattern of period two needs 2 x 2 pixels or more, got {h} x {w}')
+    i, j = ((-1.)**torch.arange(n, device=x_gen.device) for n in (h, w))
+    patterns = torch.stack([i[:, None].expand(h, w), j.expand(h, w), i[:, None] * j])
+    d = ((x_gen - x_ref)[:, :, None] * patterns).flatten(1, 2)   # [b, 9, h, w]
+    return F.avg_pool2d(d, (min(window, h - h % 2), min(window, w - w % 2))).abs().mean()
+
+# %% ../nbs/10_losses.ipynb #f006826c
 def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
                        clip, embedder, delta_t,  # guide; face embedder or None; `text_direction(clip, ...)`
-                       clip_weight=3., l1_weight=.3, id_weight=0.,
+                       clip_weight=3., l1_weight=.3, id_weight=0., grid_weight=0.,
                        n_crops=4, noise=.05, generator=None, # see `augment`; the generator may be missing where n_crops is 0
                       ):              # scalar, dict of detached scalars: total and each term without its weight
     "DiffusionCLIP's objective (arXiv 2110.02711) with the weights that the paper at hand leaves out."
@@ -121,7 +133,8 @@ def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
     if id_weight:
         with torch.no_grad(): ref = embedder.embed(x_ref)
         terms['id'] = cosine_loss(embedder.embed(x_gen), ref)
+    if grid_weight: terms['grid'] = grid_loss(x_gen, x_ref)
     if not terms: raise UserError('all loss weights are 0; give clip_weight, l1_weight or id_weight a positive value')
-    weights = dict(clip=clip_weight, l1=l1_weight, id=id_weight)
+    weights = dict(clip=clip_weight, l1=l1_weight, id=id_weight, grid=grid_weight)
     total = sum(weights[k] * v for k, v in terms.items())
     return total, {k: v.detach() for k, v in dict(total=total, **terms).items()}

@@ -31,6 +31,7 @@ class TrainConfig:
     batch_size: int = 32
     lr: float = 5e-4            # peak learning rate of AdamW
     warmup: int = 100           # steps until the peak
+    decay: float = .3           # of all steps, at the end: the rate falls to zero
     ema: float = 0.999          # decay of the averaged weights, reached gradually
     p2_k: float = 1.            # P2 weight 1 / (k + SNR)^gamma
     p2_gamma: float = 1.        # 0: the simple objective
@@ -38,6 +39,7 @@ class TrainConfig:
     label_dropout: float = 0.5  # share of labels replaced by "none"
     seed: int = 0
     checkpoint_every: int = 100 # steps
+    bf16: bool = False          # compute in bfloat16 where that is safe
 
     @property
     def n_steps(self): return math.ceil(self.n_images / self.batch_size)
@@ -47,7 +49,7 @@ class TrainConfig:
         return w / schedule.ab(t) if self.of_v else w
 
     def lr_factor(self, step): # of the peak rate, step from 0
-        return min(1, (step + 1) / self.warmup) * 0.5 * (1 + math.cos(math.pi * min(1, step / self.n_steps)))
+        return min(1, (step + 1) / self.warmup, max(0, self.n_steps - step) / (self.decay * self.n_steps))
 
 # %% ../nbs/08_train.ipynb #eb414858
 @torch.no_grad()
@@ -91,8 +93,8 @@ class TrainState:
     def load(self, path):
         try: s = torch.load(path, weights_only=True, map_location=self.device)
         except Exception as e: raise UserError(f'{path} is not a readable checkpoint ({type(e).__name__}): delete it to start over') from e
-        if s['config'] != asdict(self.cfg):
-            changed = [k for k, v in asdict(self.cfg).items() if s['config'].get(k) != v]
+        changed = [k for k, v in asdict(self.cfg).items() if k != 'n_images' and s['config'].get(k) != v]
+        if changed:
             raise UserError(f'{path} was trained with other settings ({", ".join(changed)}): give the same ones, or another output folder')
         for k, v in self.parts.items(): v.load_state_dict(s[k])
         self.generator.set_state(s['generator'].cpu()); self.step, self.history = s['step'], s['history']
@@ -104,8 +106,9 @@ def train_step(state: TrainState, images, labels, schedule: Schedule):
     x0, y, t, eps = training_batch(images, labels, state.model.n_classes, cfg, schedule, state.generator)
     x0, t, eps = x0.to(dev), t.to(dev), eps.to(dev)
     label = y if y is None else y.to(dev)
-    loss = diffusion_loss(lambda x_t, t: state.model(x_t, t, label), x0, t, eps, schedule,
-                          weight=cfg.weight)
+    def eps_model(x_t, t):
+        with torch.autocast(dev.type, torch.bfloat16, enabled=cfg.bf16): return state.model(x_t, t, label)
+    loss = diffusion_loss(eps_model, x0, t, eps, schedule, weight=cfg.weight)
     state.opt.zero_grad(set_to_none=True); loss.backward()
     nn.utils.clip_grad_norm_(state.model.parameters(), 1.)
     state.opt.step(); state.rate.step(); state.step += 1
@@ -170,12 +173,13 @@ def main(argv=None) -> int:
     p.add_argument('--n-images', type=int, default=TrainConfig.n_images, help='images to see in all'); p.add_argument('--batch-size', type=int, default=TrainConfig.batch_size)
     p.add_argument('--v', action='store_true', help='predict velocity (notebook 07), better for short trainings; and weigh its error by 1 / (1 + SNR)^0.5')
     p.add_argument('--init', help='start from this U-Net: "shipped" or a folder; its classes must fit')
+    p.add_argument('--bf16', action='store_true', help='compute in bfloat16, where the processor or GPU has it')
     p.add_argument('--lr', type=float, default=TrainConfig.lr); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--device', default=None, help='cpu, cuda, mps; the best one by default')
     args = p.parse_args(argv)
     x, labels, n_classes = load_training_set(args)
     torch.manual_seed(args.seed)
-    cfg = TrainConfig(n_images=args.n_images, batch_size=args.batch_size, lr=args.lr, seed=args.seed, **(dict(of_v=True, p2_gamma=0.5) if args.v else {}))
+    cfg = TrainConfig(n_images=args.n_images, batch_size=args.batch_size, lr=args.lr, seed=args.seed, bf16=args.bf16, **(dict(of_v=True, p2_gamma=0.5) if args.v else {}))
     model = small_unet(args.image_size, n_classes=n_classes, v_schedule=linear_schedule() if args.v else None)
     if args.init: model.load_state_dict(load_unet(args.init).state_dict())
     model, _ = train_diffusion(model, x, labels, linear_schedule(), cfg, args.out, args.device or default_device())

@@ -7,8 +7,9 @@ __all__ = ['STYLE_NAMES', 'STYLE_WEIGHTS', 'STYLE_WORDS', 'AMBIGUOUS', 'ATTRIBUT
            'TEN_STYLES', 'TARGETS', 'wide_crop', 'draw_round', 'cached_round', 'describe', 'person', 'Caption',
            'caption', 'draw_attributes', 'mentions', 'truth', 'contrastive_loss', 'probe_texts', 'balanced_bce',
            'probe_loss', 'Anchors', 'disturb', 'ClipConfig', 'Pool', 'read_attributes', 'grayness', 'make_pool',
-           'draw_batch', 'text_meaning', 'clip_loss', 'learning_rate', 'train_clip', 'resume_clip', 'save_clip',
-           'attribute_prompts', 'accuracy', 'features_of', 'measure_styles', 'measure_clip', 'write_card', 'main']
+           'draw_batch', 'text_meaning', 'encode', 'worst_case', 'clip_loss', 'learning_rate', 'train_clip',
+           'resume_clip', 'save_clip', 'attribute_prompts', 'accuracy', 'features_of', 'measure_styles', 'measure_clip',
+           'write_card', 'main']
 
 # %% ../nbs/17_train_clip.ipynb #8a512964
 import argparse, time
@@ -27,7 +28,7 @@ from .styles import STYLES, render
 
 # %% ../nbs/17_train_clip.ipynb #dc0919a2
 STYLE_NAMES = tuple(STYLES)
-STYLE_WEIGHTS = dict(photo=3, pencil=4, line_art=2, charcoal=1.5)  # how often a style is drawn, relative to the others
+STYLE_WEIGHTS = dict(photo=3, pencil=4, line_art=2, charcoal=1.5, tinted=2)  # how often a style is drawn, relative to the others
 
 def wide_crop(im, rng, lo=140, hi=178): # CelebA's 178 x 218 -> a random square around the face
     "A random square of the aligned photo; its side varies, so that faces come in several sizes."
@@ -79,7 +80,9 @@ STYLE_WORDS = dict( # style: (seen wordings, unseen wordings)
     colour_pencil=(('a coloured pencil drawing', 'a colored pencil drawing', 'a crayon drawing', 'a drawing in coloured pencils', 'colourful pencils'),
                    ('a crayon picture', 'a portrait in coloured pencils')),
     chalk=(('a chalk drawing', 'chalk on a blackboard', 'white lines on a dark board', 'a blackboard drawing', 'white chalk'), ('a drawing in white chalk', 'a chalk portrait')),
-    halftone=(('a halftone print', 'a newspaper print', 'black dots', 'a dotted print', 'a print made of dots'), ('a print of black dots', 'a newspaper picture')))
+    halftone=(('a halftone print', 'a newspaper print', 'black dots', 'a dotted print', 'a print made of dots'), ('a print of black dots', 'a newspaper picture')),
+    tinted=(('a tinted picture', 'a picture with a colour cast', 'a picture through coloured glass', 'a picture in false colours', 'coloured light', 'a picture in one colour'),
+            ('a strong colour cast', 'a photo through coloured glass')))
 
 AMBIGUOUS = {w: ('charcoal', 'line_art', 'colour_pencil', 'chalk', 'cartoon') # also true of these, more or less: such pairs are left out of the loss
              for w in ('a drawing', 'a sketch', 'a hand drawn sketch', 'a rough sketch', 'a sketch by an artist')}
@@ -197,7 +200,7 @@ def balanced_bce(margin, attributes, rate): # [b, k]; [b, k] in {-1, 0, 1}; [k] 
     bce = (F.softplus(-margin * attributes) * weight).sum(0) / n.clamp(min=1)
     return bce.sum() / (n > 0).sum().clamp(min=1) + bce[0]
 
-def probe_loss(logits, style, attributes, rate): # [b, 14 + 2k] as `probe_texts`; [b]; [b, k]; [k]
+def probe_loss(logits, style, attributes, rate): # [b, 15 + 2k] as `probe_texts`; [b]; [b, k]; [k]
     "Cross-entropy among the styles, and `balanced_bce` between an attribute's yes and its no."
     rest = logits[:, len(STYLE_NAMES):]
     return F.cross_entropy(logits[:, :len(STYLE_NAMES)], style), balanced_bce(rest[:, 0::2] - rest[:, 1::2], attributes, rate)
@@ -254,6 +257,8 @@ class ClipConfig:
     warmup: int = 80
     weight_decay: float = .05
     style_weight: float = .5 # of the style probes; the attribute probes and the contrastive loss have 1
+    adversary: float = 3.    # largest Euclidean length of the adversarial step on a picture in [-1, 1]; 0: none
+    bf16: bool = False       # encode in bfloat16, about twice as fast where the processor has it
     seed: int = 0
 
 @dataclass
@@ -319,11 +324,23 @@ def text_meaning(captions, which): # captions, then the probes of `probe_texts(r
     for n, k in enumerate(which): probes[len(STYLE_NAMES) + 2 * n, k], probes[len(STYLE_NAMES) + 2 * n + 1, k] = 1, -1
     return torch.tensor(style), torch.cat([mentions(captions), probes])
 
+def encode(model, x, cfg:ClipConfig): # [b, 3, h, w] in [-1, 1] -> unit features [b, d]
+    "The image encoder in training."
+    mean, std = (torch.tensor(model.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
+    with torch.autocast('cpu', torch.bfloat16, enabled=cfg.bf16): features = model.encode_image(((x + 1) / 2 - mean) / std)
+    return F.normalize(features.float(), dim=-1)
+
+def worst_case(model, anchors, batch, rate, cfg:ClipConfig, seed): # -> x, each picture moved by 0 to cfg.adversary
+    "One step along the normalised gradient of the anchors' style loss, its length drawn at random for each picture (arXiv 2001.03994 in the Euclidean norm)."
+    x, style, attributes = batch[0].clone().requires_grad_(), *batch[1:3]
+    g, = torch.autograd.grad(anchors(encode(model, x, cfg), style, torch.zeros_like(attributes), rate), x)
+    length = torch.rand(len(x), 1, 1, 1, generator=new_generator(seed)) * cfg.adversary
+    return (x + length * g / g.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)).detach().clamp(-1, 1)
+
 def clip_loss(model, anchors, tokenizer, batch, rate, cfg:ClipConfig): # an open_clip model in training mode; as from `draw_batch`
     "Contrastive loss, probes and anchors, and the parts as numbers."
     x, style, attributes, captions, which, probes = batch
-    mean, std = (torch.tensor(model.visual.preprocess_cfg[k]).view(1, 3, 1, 1) for k in ('mean', 'std'))
-    features = F.normalize(model.encode_image(((x + 1) / 2 - mean) / std), dim=-1)
+    features = encode(model, x, cfg)
     words = F.normalize(model.encode_text(tokenizer([c.text for c in captions] + probes)), dim=-1)
     logits = model.logit_scale.exp().clamp(max=100) * features @ words.T
     parts = dict(contrastive=contrastive_loss(logits[:, :len(captions)], truth(captions, style, attributes)))
@@ -351,7 +368,9 @@ def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
     clock = time.time() - spent
     for step in progress(range(start, cfg.steps), 'training CLIP'):
         for g in opt.param_groups: g['lr'] = learning_rate(step, cfg)
-        loss, terms = clip_loss(model, parts['anchors'], tokenizer, draw_batch(pool, cfg, step, config['vision_cfg']['image_size']), pool.rate, cfg)
+        batch = draw_batch(pool, cfg, step, config['vision_cfg']['image_size'])
+        if cfg.adversary: batch = worst_case(model, parts['anchors'], batch, pool.rate, cfg, step), *batch[1:]
+        loss, terms = clip_loss(model, parts['anchors'], tokenizer, batch, pool.rate, cfg)
         if not torch.isfinite(loss): raise UserError(f'step {step}: the loss is {loss.item()}; lower lr (now {cfg.lr}) and start again')
         opt.zero_grad(); loss.backward(); opt.step()
         history.append(dict(step=step, loss=loss.item(), **terms))
@@ -456,13 +475,15 @@ def main(argv=None):
     p.add_argument('--work', default='runs/train_clip', help='folder for drawings and the checkpoint')
     p.add_argument('--threads', type=int, default=0, help="torch's threads; 0: its own choice")
     for k in ('steps', 'rounds', 'batch_size', 'seed'): p.add_argument(f"--{k.replace('_', '-')}", type=int, default=getattr(ClipConfig, k))
+    p.add_argument('--adversary', type=float, default=ClipConfig.adversary, help='length of the adversarial step; 0: none')
+    p.add_argument('--bf16', action='store_true', help='encode in bfloat16, where the processor has it')
     a = p.parse_args(argv)
     if a.threads: torch.set_num_threads(a.threads)
-    cfg = ClipConfig(steps=a.steps, rounds=a.rounds, batch_size=a.batch_size, seed=a.seed)
+    cfg = ClipConfig(steps=a.steps, rounds=a.rounds, batch_size=a.batch_size, seed=a.seed, adversary=a.adversary, bf16=a.bf16)
     pool = make_pool(a.celeba, a.fs2k, cfg, Path(a.work)/'drawings')
     model, _, _, seconds = train_clip(pool, cfg, a.work, log=lambda *s: print(*s, flush=True))
     files = save_clip(model, a.out)
-    command = f'python -m diffclip_da.train_clip --celeba CELEBA --fs2k FS2K --out OUT --steps {cfg.steps} --rounds {cfg.rounds} --seed {cfg.seed}'
+    command = f'python -m diffclip_da.train_clip --celeba CELEBA --fs2k FS2K --out OUT --steps {cfg.steps} --rounds {cfg.rounds} --seed {cfg.seed} --adversary {cfg.adversary:g}{" --bf16" * cfg.bf16}'
     card = write_card(a.out, files, measure_clip(load_clip(a.out), a.celeba, a.fs2k), pool, cfg, seconds, command)
     print(card['measured'])
 

@@ -6,6 +6,7 @@
 __all__ = ['WEIGHTS_NAME', 'V_SCHEDULES', 'eps_from_v', 'EpsUNet', 'small_unet', 'tiny_unet', 'guided', 'save_unet', 'load_unet']
 
 # %% ../nbs/07_unet.ipynb #36c02fc8
+import re
 from pathlib import Path
 
 import torch
@@ -110,27 +111,43 @@ def _read_state(path: Path) -> dict:
     except (SafetensorError, OSError) as e:
         raise UserError(f'{path} is not a readable safetensors file ({e}): it is truncated, or a web page saved under that name; fetch it again') from e
 
+def _network(class_name: str | None):
+    "The class that a `config.json` was written by"
+    if class_name != 'GuidedUNet': return UNet2DModel
+    from diffclip_da.published import GuidedUNet
+    return GuidedUNet
+
 def _read_folder(folder: Path) -> EpsUNet:
-    "A `UNet2DModel` folder, with or without `diffclip.json`"
+    "A folder that `save_unet` wrote"
     config, weights = folder / 'config.json', folder / WEIGHTS_NAME
     for p in (config, weights):
         if not p.exists(): raise UserError(f'{p} is missing: {folder} should hold config.json and {WEIGHTS_NAME}, as UNet2DModel.save_pretrained writes them')
     own = folder / 'diffclip.json'
     extra = read_json(own) if own.exists() else dict(patch=1, n_classes=0)
-    unet, state = UNet2DModel.from_config(read_json(config)), _read_state(weights)
+    said, state = read_json(config), _read_state(weights)
+    unet = _network(said.get('_class_name')).from_config(said)
     try: unet.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e: raise UserError(f'{weights} does not fit {config}: {str(e).splitlines()[1].strip()}; take both from the same model') from e
     v_schedule = V_SCHEDULES[extra.pop('v_schedule', None)]
     return EpsUNet(unet, **extra, v_schedule=v_schedule, info=dict(name=folder.name, sha256=sha256_file(weights), provenance='published'))
 
 # %% ../nbs/07_unet.ipynb #19797214
-def load_unet(name: str = 'shipped', # 'shipped', or a folder in diffusers' layout
-              device='cpu') -> EpsUNet:
+def load_unet(name: str = 'shipped', # 'shipped', a folder, a file (.ckpt, .pt, .pth, .safetensors) or a hub id 'owner/name'
+              device='cpu',
+              **published) -> EpsUNet: # sha256, image_size, ...: what `published.load_weights`, `load_folder` or `load_hub` takes
     "A pre-trained U-Net in eval mode, its `info` telling where it comes from"
+    path = Path(name)
+    own = name == 'shipped' or (path / 'diffclip.json').is_file()
+    if own and published: raise UserError(f'{", ".join(published)}: only for published weights, and {str(name)!r} is in the layout of save_unet; leave it out')
     if name == 'shipped':
         for f in ('config.json', 'diffclip.json'): asset_file('unet', f)
         model = _read_folder(asset_file('unet', WEIGHTS_NAME).parent)
         model.info.update(name='diffclip_da/assets/unet', provenance='shipped')
-    elif Path(name).is_dir(): model = _read_folder(Path(name))
-    else: raise UserError(f'no U-Net at {name!r}: give "shipped" or a folder with config.json and {WEIGHTS_NAME}')
+    elif own: model = _read_folder(path)
+    else:
+        from diffclip_da.published import SUFFIXES, load_folder, load_hub, load_weights # they build on this module, so not before here
+        if path.is_dir(): model = load_folder(path, **published)
+        elif path.suffix in SUFFIXES or path.is_file(): model = load_weights(path, **published)
+        elif re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name)): model = load_hub(str(name), **published)
+        else: raise UserError(f"no U-Net at {str(name)!r}: give 'shipped', a folder with config.json and {WEIGHTS_NAME}, a checkpoint, or a hub id such as google/ddpm-celebahq-256")
     return model.to(device).eval().requires_grad_(False)

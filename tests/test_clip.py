@@ -264,6 +264,16 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(pool, tmp_path):
     for (k, a), b in zip(whole.state_dict().items(), resumed.state_dict().values()): assert torch.equal(a, b), k
 
 
+def test_the_adversary_raises_the_style_loss_by_at_most_its_length(pool):
+    cfg = tiny_config(1); model, _ = C.new_clip(TINY, 0); anchors = T.Anchors(TINY['embed_dim'])
+    batch = T.draw_batch(pool, cfg, 0, TINY['vision_cfg']['image_size']); model.train()
+    def style_loss(x): return anchors(T.encode(model, x, cfg), batch[1], torch.zeros_like(batch[2]), pool.rate).item()
+    moved = T.worst_case(model, anchors, batch, pool.rate, cfg, 0)
+    length = (moved - batch[0]).flatten(1).norm(dim=1)
+    assert style_loss(moved) > style_loss(batch[0]) and 0 < length.max() <= cfg.adversary + 1e-4 and moved.abs().max() <= 1
+    assert torch.equal(moved, T.worst_case(model, anchors, batch, pool.rate, cfg, 0)) and not torch.equal(moved, T.worst_case(model, anchors, batch, pool.rate, cfg, 1))
+
+
 def test_a_checkpoint_of_another_configuration_is_refused(pool, tmp_path):
     T.train_clip(pool, tiny_config(1), tmp_path, TINY, log=lambda *a: None)
     other = T.ClipConfig(**{**T.asdict(tiny_config(1)), 'lr': 5e-4})

@@ -69,7 +69,7 @@ def grads(model): return torch.cat([p.grad.flatten() for p in model.parameters()
     (dict(t0=0), 't0 = 0'), (dict(t0=1000), '999'), (dict(n_gen=0), 'n_gen = 0'), (dict(n_inv=401), 'lower n_inv or raise t0'),
     (dict(target='  '), 'target is empty'), (dict(source=''), 'source is empty'), (dict(target='photo'), 'no direction'),
     (dict(batch_size=0), 'batch_size = 0'), (dict(passes=0), 'passes = 0'), (dict(n_images=7), 'only 6 images'), (dict(lr=0.), 'lr = 0'),
-    (dict(clip_weight=-1.), 'none may be negative'), (dict(clip_weight=0., l1_weight=0.), 'one must be above 0'), (dict(grad='half'), "choose full"),
+    (dict(clip_weight=-1.), 'none may be negative'), (dict(clip_weight=0., l1_weight=0., grid_weight=0.), 'one must be above 0'), (dict(grad='half'), "choose full"),
 ])
 def test_bad_config_is_refused(change, words, unet, x0, clip):
     with pytest.raises(UserError, match=words): finetune(unet, x0, clip, None, schedule, replace(cfg, **change))

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from diffclip_da.clip import Clip, ClipEnsemble
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.losses import (augment, cosine_loss, diffusionclip_loss, directional_loss, global_loss, l1_loss,
+from diffclip_da.losses import (augment, cosine_loss, diffusionclip_loss, directional_loss, global_loss, grid_loss, l1_loss,
                                 text_direction, view_params)
 
 
@@ -142,3 +142,22 @@ def test_descends_in_its_own_space(clip, pair):
 ])
 def test_bad_input(clip, pair, call, text):
     with pytest.raises(UserError, match=text): call(clip, pair)
+
+
+@pytest.mark.parametrize('pattern', ['rows', 'columns', 'both'])
+@pytest.mark.parametrize('size', [(32, 32), (20, 34), (6, 7)])
+def test_grid_loss_is_a_third_of_the_amplitude_of_one_pattern(pattern, size):
+    i, j = ((-1.)**torch.arange(n) for n in size)
+    p = dict(rows=i[:, None].expand(size), columns=j.expand(size), both=i[:, None] * j)[pattern]
+    x = torch.zeros(2, 3, *size)
+    assert grid_loss(x + .3 * p, x).item() == pytest.approx(.1, abs=.02 if min(size) < 16 else 1e-6)
+
+def test_grid_loss_sees_neither_flat_changes_nor_period_four():
+    x = torch.zeros(1, 3, 32, 32)
+    waves = torch.cos(torch.pi / 2 * torch.arange(32)).expand(32, 32)
+    assert grid_loss(x + .5, x) == 0 and grid_loss(x + waves, x).item() == pytest.approx(0, abs=1e-6)
+    with pytest.raises(UserError, match='2 x 2 pixels'): grid_loss(x[..., :1], x[..., :1])
+
+def test_grid_weight_enters_the_total(pair):
+    total, terms = diffusionclip_loss(*pair, None, None, None, clip_weight=0., l1_weight=.5, grid_weight=2., n_crops=0)
+    assert total.item() == pytest.approx(.5 * terms['l1'].item() + 2 * terms['grid'].item(), rel=1e-6) and set(terms) == {'total', 'l1', 'grid'}

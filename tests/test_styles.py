@@ -87,3 +87,8 @@ def test_errors_name_the_value_and_the_choices(photo):
     with pytest.raises(UserError, match="'fresco'.*pencil"): render(photo, 'fresco', np.random.default_rng(0))
     with pytest.raises(UserError, match=r'\[3, 8, 8\]'): to_array(np.zeros((3, 8, 8)))
     with pytest.raises(UserError, match="'crayon'.*hatching"): pencil(photo, np.random.default_rng(0), 'crayon')
+
+
+def test_tinted_is_far_from_grey_whatever_it_is_made_of(photo):
+    def chroma(style, seed): return np.percentile(np.ptp(np.asarray(render(photo, style, np.random.default_rng(seed)), int), axis=-1), 99)
+    assert min(chroma('tinted', s) for s in range(20)) > 50 > max(chroma('pencil', s) for s in range(20))
