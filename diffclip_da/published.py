@@ -6,11 +6,11 @@
 __all__ = ['SUFFIXES', 'LAYOUTS', 'DDPM_NAMES', 'ATTENTION_NAMES', 'RESIZE', 'QKV_ORDERS', 'BIN_NAME', 'is_html',
            'read_checkpoint', 'fingerprint', 'note_fingerprint', 'download', 'layout_of', 'states_in', 'pick_state',
            'guess_size', 'ddpm_config', 'rename', 'ddpm_to_diffusers', 'GuidedBlock', 'GuidedAttention', 'GuidedUNet',
-           'guided_config', 'fitted', 'rgb_only', 'load_weights', 'find_unet', 'trained_for', 'load_folder',
-           'fetch_hub', 'load_hub']
+           'guided_config', 'fitted', 'check_rgb', 'ddpm_network', 'guided_network', 'load_weights', 'find_unet',
+           'trained_for', 'load_folder', 'fetch_hub', 'load_hub']
 
 # %% ../nbs/07b_published.ipynb #db575946
-import contextlib, http.client, math, os, pickle, re, urllib.request
+import contextlib, http.client, os, pickle, re, urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.embeddings import get_timestep_embedding
 from fastcore.basics import patch
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.utils import LocalEntryNotFoundError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
@@ -82,6 +82,7 @@ def _fetch(url, part, timeout):
     if size and got != int(size): raise UserError(f'{url} broke off after {got:,} of {int(size):,} bytes; call again')
     if is_html(part): raise UserError(f'{url} answered with a web page, not a weights file (an error, or a quota); open it in a browser and save the file yourself')
 
+# %% ../nbs/07b_published.ipynb #4109df8c
 def download(url:str, path,          # http(s) address; the file to make
              sha256:str|None=None,   # what it should be
              timeout=60,             # seconds without an answer
@@ -94,7 +95,8 @@ def download(url:str, path,          # http(s) address; the file to make
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, part, timeout)
-        if sha256 and (got := sha256_file(part)) != sha256.lower(): raise UserError(f'{url}: SHA-256 is {got[:12]}..., expected {sha256[:12]}...; nothing was written to {path}. Check the address and the hash')
+        if sha256 and (got := sha256_file(part)) != sha256.lower():
+            raise UserError(f'{url}: SHA-256 is {got[:12]}..., expected {sha256[:12]}...; nothing was written to {path}. Check the address and the hash')
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
         raise UserError(f'cannot download {url} ({e}). Fetch it on a machine with a network and put it at {path}') from None
@@ -238,17 +240,18 @@ class GuidedUNet(nn.Module, ConfigMixin):
         super().__init__()
         block = partial(GuidedBlock, c_emb=4 * width, scale_shift=scale_shift)
         attend = partial(GuidedAttention, head_channels=head_channels, order=qkv_order)
+        maybe = lambda c, level: [attend(c)] if level in attention else []
         self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
         c, down, up = channels[0], [_Stage(nn.Conv2d(3, channels[0], 3, padding=1))], []
         skips, n = [c], len(channels)
         for i, out in enumerate(channels):
-            for _ in range(layers): down.append(_Stage(block(c, out), *[attend(out)] * (i in attention))); c = out; skips.append(c)
+            for _ in range(layers): down.append(_Stage(block(c, out), *maybe(out, i))); c = out; skips.append(c)
             if i < n - 1: down.append(_Stage(block(c, c, resize='down') if updown else _Halve(c))); skips.append(c)
         middle = _Stage(block(c, c), attend(c), block(c, c))
         for i, out in reversed(list(enumerate(channels))):
             for j in range(layers + 1):
                 resize = [block(out, out, resize='up') if updown else _Double(out)] if i and j == layers else []
-                up.append(_Stage(block(c + skips.pop(), out), *[attend(out)] * (i in attention), *resize)); c = out
+                up.append(_Stage(block(c + skips.pop(), out), *maybe(out, i), *resize)); c = out
         self.input_blocks, self.middle_block, self.output_blocks = nn.ModuleList(down), middle, nn.ModuleList(up)
         self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
 
@@ -279,13 +282,14 @@ def guided_config(state:dict, image_size:int|None=None) -> dict: # None: see `gu
                 scale_shift=state['input_blocks.1.0.emb_layers.1.weight'].shape[0] == 2 * channels[0])
 
 # %% ../nbs/07b_published.ipynb #047afb9c
-def fitted(build, state:dict, what): # () -> module; name -> tensor; the file, for the message
-    "The module that `build` makes, holding the tensors of `state`"
+def fitted(make, what) -> nn.Module: # () -> (module, name -> tensor); the file, for the message
+    "The module that `make` builds, holding the tensors that come with it"
     try:
-        with torch.device('meta'): net = build()
+        with torch.device('meta'): net, state = make()
     except UserError as e: raise UserError(f'{what}: {e}') from None
-    except (KeyError, IndexError, ValueError, TypeError, ZeroDivisionError) as e:
-        raise UserError(f'{what} lacks tensors that its layout should have, or they are of an odd shape ({type(e).__name__}: {str(e)[:120]}); fetch it again, or give the file of another model') from None
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as e: # a name or a shape that the configuration is read from
+        raise UserError(f'{what} lacks tensors that its layout should have, or they are of an odd shape ({type(e).__name__}: {str(e)[:120]}). '
+                        'Fetch it again, or give the file of another model') from None
     want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
     bad = ([f'{k} is missing' for k in want if k not in state] + [f'{k} is unknown' for k in state if k not in want]
            + [f'{k} has the shape {list(state[k].shape)} instead of {list(s)}' for k, s in want.items() if k in state and tuple(state[k].shape) != s])
@@ -293,29 +297,33 @@ def fitted(build, state:dict, what): # () -> module; name -> tensor; the file, f
     net.load_state_dict(state, assign=True)
     return net
 
-def rgb_only(state:dict, first:str, last:str, what) -> dict: # names of the first and last convolution
-    "`state`, if it takes 3 channels and gives 3, or 6 with a learned variance"
-    c_in, c_out = state[first].shape[1], state[last].shape[0]
-    if c_in != 3 or c_out not in (3, 6): raise UserError(f'{what} takes {c_in} channels and gives {c_out}; it must take RGB images and give 3, or 6 with a learned variance. Give a model of plain pictures')
-    return state
+def check_rgb(c_in, c_out): # channels of the first and the last convolution
+    "Refuse what does not take a picture and give its noise"
+    if c_in != 3 or c_out not in (3, 6):
+        raise UserError(f'the network takes {c_in} channels and gives {c_out}; it must take RGB images and give 3, or 6 with a learned variance. Give a model of plain pictures')
 
 # %% ../nbs/07b_published.ipynb #ed7d1415
+def ddpm_network(state, image_size=None):
+    "`UNet2DModel` and its tensors, from a DDPM state dict; of a learned variance only the mean is kept"
+    check_rgb(state['conv_in.weight'].shape[1], state['conv_out.weight'].shape[0])
+    state = {k: v[:3] if k.startswith('conv_out.') else v for k, v in state.items()}
+    return UNet2DModel(**ddpm_config(state, image_size)), ddpm_to_diffusers(state)
+
+def guided_network(state, image_size=None, head_channels=64, qkv_order='heads'):
+    "`GuidedUNet` and its tensors, from a guided-diffusion state dict"
+    check_rgb(state['input_blocks.0.0.weight'].shape[1], state['out.2.weight'].shape[0])
+    return GuidedUNet(**guided_config(state, image_size), head_channels=head_channels, qkv_order=qkv_order), state
+
 def load_weights(path,                      # `.ckpt`, `.pt`, `.pth` or `.safetensors`
                  sha256:str|None=None,      # see `fingerprint`
                  image_size:int|None=None,  # None: see `guess_size`
                  head_channels=64, qkv_order='heads', # guided diffusion only, see `GuidedAttention`
                 ) -> EpsUNet:
     "A DDPM or guided-diffusion checkpoint as `eps_model(x_t, t)`"
-    digest = fingerprint(path, sha256) if Path(path).is_file() else None # else `read_checkpoint` says so
+    digest = fingerprint(path, sha256) if Path(path).is_file() else None # where there is no file, the next line says so
     layout, state = pick_state(read_checkpoint(path), path)
     if layout == 'diffusers': raise UserError(f'{path} is the weights file of a UNet2DModel, which says little without its config.json: give the folder that holds both')
-    if layout == 'ddpm':
-        state = ddpm_state = rgb_only(state, 'conv_in.weight', 'conv_out.weight', path)
-        for k in ('conv_out.weight', 'conv_out.bias'): state[k] = state[k][:3] # as in `GuidedUNet`, the mean only
-        net = fitted(lambda: UNet2DModel(**ddpm_config(ddpm_state, image_size)), ddpm_to_diffusers(state), path)
-    else:
-        rgb_only(state, 'input_blocks.0.0.weight', 'out.2.weight', path)
-        net = fitted(lambda: GuidedUNet(**guided_config(state, image_size), head_channels=head_channels, qkv_order=qkv_order), state, path)
+    net = fitted(lambda: ddpm_network(state, image_size) if layout == 'ddpm' else guided_network(state, image_size, head_channels, qkv_order), path)
     note_fingerprint(path, digest)
     return EpsUNet(net, info=dict(name=Path(path).name, sha256=digest, provenance='published')).eval().requires_grad_(False)
 
@@ -327,7 +335,7 @@ def find_unet(folder) -> tuple: # (config.json, weights)
     for place in (Path(folder), Path(folder) / 'unet'):
         weights = next((place / w for w in (WEIGHTS_NAME, BIN_NAME) if (place / w).is_file()), None)
         if weights and (place / 'config.json').is_file(): return place / 'config.json', weights
-    raise UserError(f'{folder} holds no U-Net: config.json and {WEIGHTS_NAME} (or {BIN_NAME}) should be in it or in its sub-folder unet/, as UNet2DModel.save_pretrained writes them; what is there is missing one of them')
+    raise UserError(f'{folder} holds no U-Net: config.json and {WEIGHTS_NAME} (or {BIN_NAME}) should both be in it or in its sub-folder unet/, as UNet2DModel.save_pretrained writes them')
 
 def trained_for(folder): # -> None where the network predicts noise, the schedule where it predicts v
     "What the scheduler's configuration beside a model says; without one, noise"
@@ -350,15 +358,15 @@ def load_folder(folder, sha256:str|None=None, # of the weights file, see `finger
     if (Path(folder) / 'diffclip.json').is_file(): return _read_folder(Path(folder))
     path, weights = find_unet(folder)
     config, digest = read_json(path), fingerprint(weights, sha256)
-    kind = config.get('_class_name', 'UNet2DModel')
-    if kind != 'UNet2DModel' or any(config.get(k) is not None for k in ('num_class_embeds', 'class_embed_type')) or config.get('time_embedding_type', 'positional') != 'positional':
+    kind, labels = config.get('_class_name', 'UNet2DModel'), (config.get('num_class_embeds'), config.get('class_embed_type'))
+    if kind != 'UNet2DModel' or labels != (None, None) or config.get('time_embedding_type', 'positional') != 'positional':
         raise UserError(f'{path} describes a {kind} that needs more than (x_t, t), a text or a label, or counts time otherwise; give an unconditional UNet2DModel of the DDPM kind')
     content = read_checkpoint(weights)
     if not isinstance(content, dict): raise UserError(f'{weights} is not a state dict (names -> tensors); fetch it again')
     state = {rename(k, ATTENTION_NAMES) if '.attentions.' in k else k: v.float() for k, v in content.items() if isinstance(v, torch.Tensor)}
-    net = fitted(lambda: UNet2DModel.from_config(config), state, f'{weights} (with {path})')
-    if net.config.in_channels != net.config.out_channels: raise UserError(f'{path}: the network takes {net.config.in_channels} channels and gives {net.config.out_channels}, which is no noise for its input; give another model')
-    v_schedule = trained_for(folder)
+    net = fitted(lambda: (UNet2DModel.from_config(config), state), f'{weights} (with {path})')
+    c_in, c_out, v_schedule = net.config.in_channels, net.config.out_channels, trained_for(folder)
+    if c_in != c_out: raise UserError(f'{path}: the network takes {c_in} channels and gives {c_out}, which is no noise for its input; give another model')
     if note: note_fingerprint(weights, digest)
     info = dict(name=name or Path(folder).resolve().name, sha256=digest, provenance='published')
     return EpsUNet(net, v_schedule=v_schedule, info=info).eval().requires_grad_(False)
