@@ -408,7 +408,7 @@ def adapt_parser() -> argparse.ArgumentParser:
         ('device', str, None, 'cpu, cuda, cuda:1, mps (default: the best there is)'), ('lr', float, 6e-5, 'learning rate of fine-tuning'),
         ('clip-weight', float, 3., 'weight of the CLIP loss'), ('l1-weight', float, .3, 'weight of the pixel loss'),
         ('id-weight', float, 0., 'weight of the face identity loss'), ('grid-weight', float, 3., 'weight against patterns of period two'), ('grad', str, 'full', "'checkpoint' needs less memory"),
-        ('unet', str, 'shipped', 'diffusion weights: shipped, or a folder'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, an open_clip name, or several with commas'),
+        ('unet', str, 'shipped', 'diffusion weights: shipped, a folder, a checkpoint file or a hub id'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, an open_clip name, or several with commas'),
         ('embedder', str, 'shipped', 'face embedder for --id-weight')): p.add_argument(f'--{name}', type=kind, default=default, help=f'{text} (default: {default})' if default is not None else text)
     p.add_argument('--skip-bad', action='store_true', help='leave out images that cannot be read, and list them in report.json')
     return p

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['LICENCE_NOTE', 'SPLITS', 'reconstruction_mae', 'frechet_distance', 'embed_all', 'ClassGaussian', 'draw_faces',
-           'label_agreement', 'nearest', 'write_asset_card', 'write_faces', 'unet_asset', 'faces_asset', 'main']
+           'label_probability', 'keep_clear', 'label_agreement', 'nearest', 'write_asset_card', 'write_faces',
+           'unet_asset', 'faces_asset', 'main']
 
 # %% ../nbs/19_assets.ipynb #2740430c
 import argparse
 import io
-import shutil
+import math
 import sys
 import zipfile
 from pathlib import Path
@@ -18,9 +19,10 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.linalg import sqrtm
+from sklearn.linear_model import LogisticRegression
 
 from .clip import load_clip, zero_shot
-from .core import (UserError, atomic_write, default_device, friendly_exit, from_uint8, new_generator, progress,
+from .core import (UserError, atomic_write, friendly_exit, from_uint8, new_generator, progress,
                               sha256_file, to_pil, to_uint8, write_json)
 from .data import celeba
 from .ddim import reconstruct, sample, step_pairs
@@ -75,16 +77,34 @@ class ClassGaussian:
 @torch.inference_mode()
 def draw_faces(model, n: int,           # class-conditional U-Net; how many, both classes alike
                seed: int, schedule: Schedule, out, # folder for finished batches
-               scale: float = 1.5, steps: int = 20, batch_size: int = 50):
+               scale: float = 1.5, steps: int = 20, batch_size: int = 50, bf16=False): # guidance, 1: none
     "-> images [n, 3, h, w] uint8, labels [n]; one .npy a batch in `out`, found again on the next call"
     out, labels = Path(out), torch.arange(n) % 2
     paths = [out / f'faces-{seed}-{k:05d}.npy' for k in range(-(-n // batch_size))]
     for k, (y, path) in enumerate(zip(progress(labels.split(batch_size), desc=f'drawing {n} faces'), paths)):
         if path.exists(): continue
         noise = torch.randn(len(y), 3, model.image_size, model.image_size, generator=new_generator(seed * 100_000 + k))
-        drawn = sample(guided(model, y, scale), noise, step_pairs(schedule.T - 1, steps), schedule)
+        def of_class(x_t, t): return model(x_t, t, y)
+        with torch.autocast('cpu', torch.bfloat16, enabled=bf16):
+            drawn = sample(of_class if scale == 1 else guided(model, y, scale), noise, step_pairs(schedule.T - 1, steps), schedule).float()
         with atomic_write(path) as f: np.save(f, to_uint8(drawn).numpy())
     return torch.from_numpy(np.concatenate([np.load(p) for p in paths])), labels
+
+# %% ../nbs/19_assets.ipynb #40060411
+def label_probability(features, labels, photo_features, photo_labels): # [n, d], [n]; of photos [m, d], [m]
+    "-> [n]: probability of each label, as a logistic regression on the photos has it"
+    fit = LogisticRegression(max_iter=1000).fit(photo_features, photo_labels)
+    return fit.predict_proba(features)[np.arange(len(labels)), labels]
+
+def keep_clear(probability, labels, n: int, at_least: float = 0.): # [m], [m]
+    "-> indexes of the `n` faces with the highest probability, both classes alike, in the order in which they were drawn"
+    probability, labels = np.asarray(probability), np.asarray(labels)
+    classes, kept = np.unique(labels), []
+    for c in classes:
+        of_class = np.flatnonzero((labels == c) & (probability >= at_least))
+        if len(of_class) < n // len(classes): raise UserError(f'class {c}: {len(of_class)} of {(labels == c).sum()} faces are clear enough, {n // len(classes)} are needed; draw more')
+        kept.append(np.sort(of_class[np.argsort(-probability[of_class], kind='stable')[:n // len(classes)]]))
+    return np.stack(kept, 1).ravel()   # classes take turns, as they were drawn
 
 # %% ../nbs/19_assets.ipynb #03d3181c
 def label_agreement(clip, x, labels, prompts=('a woman', 'a man'), batch_size: int = 100) -> float: # [n, 3, h, w] in [-1, 1], [n]
@@ -120,7 +140,7 @@ def write_faces(folder, images, labels, splits: dict): # uint8 [n, 3, h, w], [n]
 # %% ../nbs/19_assets.ipynb #0bd41d6b
 LICENCE_NOTE = ("Made by this project's own code. The training photos are CelebA's (Liu et al., 2015), provided for non-commercial research; "
                 "none is included, and use of this file should respect those terms.")
-SPLITS = dict(train=400, valid=100, test=300)
+SPLITS = dict(train=2000, valid=400, test=600)
 
 def unet_asset(args, model, samples, features, test, schedule):
     "Measure the U-Net and write `unet/` with its card"
@@ -133,25 +153,25 @@ def unet_asset(args, model, samples, features, test, schedule):
     folder = Path(args.out) / 'unet'
     save_unet(model, folder, torch.float16)
     write_asset_card(folder, measured, dict(recon_mae_40_40=0.005, recon_mae_40_6=0.02), f'CelebA training partition, {len(features["train"])} photos, crop (15, 40, 163, 188), 64 px',
-               LICENCE_NOTE, dict(command='python -m diffclip_da.train --celeba CELEBA --out runs/unet', images_seen=args.images_seen, device=args.trained_on),
-               'A small stand-in, not a published model: aligned faces at 64 px only, trained briefly; what it draws from pure noise is blotches, not faces. Reconstruction was '
+               LICENCE_NOTE, dict(command='python -m diffclip_da.train --celeba CELEBA --out runs/unet --v', images_seen=args.images_seen, device=args.trained_on),
+               f'A small stand-in, not a published model: aligned faces at 64 px only, trained briefly; what it draws from pure noise is {args.draws_like}. Reconstruction was '
                f'measured on {len(recon)} test photos at t0 = 500; the Frechet distances in the shipped embedder, from {len(samples)} faces drawn from noise.')
     return measured
 
 # %% ../nbs/19_assets.ipynb #73cb2b4e
-def faces_asset(args, images, labels, photos, features):
+def faces_asset(args, images, labels, photos, features, n_drawn):
     "Audit the drawn faces and write `faces/` with its card"
     (train, test), drawn = photos, from_uint8(images)
     judge = load_clip(args.judge)
     near_drawn, near_test = (float(np.quantile(nearest(features[k], features['train'])[1], 0.99)) for k in ('faces', 'test'))
-    measured = dict(count=len(images), label_agreement=label_agreement(judge, drawn, labels),
+    measured = dict(count=len(images), drawn_for_one_kept=n_drawn / len(images), label_agreement=label_agreement(judge, drawn, labels),
                     judge_accuracy_on_test_photos=label_agreement(judge, test[0], test[1]),
                     nearest_training_photo_cosine_p99=near_drawn, nearest_training_photo_cosine_p99_of_test_photos=near_test)
     folder = Path(args.out) / 'faces'
     write_faces(folder, images, labels, SPLITS)
     write_asset_card(folder, measured, dict(count=3000, label_agreement=0.98), 'drawn from a model fitted to the CelebA training partition (see training), no photo included', LICENCE_NOTE,
-               dict(command='python -m diffclip_da.assets --celeba CELEBA --unet runs/unet/model --out OUT', seed=args.seed, model='guided U-Net' if args.from_unet else f'Gaussian of each class, {args.components} principal components'),
-               'People who do not exist, soft as eigenfaces are: hair and background are blurred. The label is the class asked for (CelebA\'s binary "Male" attribute: 0 no, 1 yes), kept also where the '
+               dict(command='python -m diffclip_da.assets --celeba CELEBA --unet runs/unet/model --out OUT', seed=args.seed, model=f'U-Net, class asked for, guidance {args.scale:g}, {args.steps} steps' if args.from_unet else f'Gaussian of each class, {args.components} principal components'),
+               f'People who do not exist, {args.faces_like}. The label is the class asked for (CelebA\'s binary "Male" attribute: 0 no, 1 yes), kept also where the '
                'judge disagrees; biases of CelebA (celebrities, mostly young and light-skinned, women with make-up) are the model\'s too.')
     return measured
 
@@ -169,18 +189,22 @@ def main(argv=None) -> int:
     p.add_argument('--trained-on', default='2 CPU cores'); p.add_argument('--seed', type=int, default=0)
     p.add_argument('--scale', type=float, default=1.5, help='guidance'); p.add_argument('--steps', type=int, default=20); p.add_argument('--n-recon', type=int, default=32)
     p.add_argument('--components', type=int, default=150); p.add_argument('--n-samples', type=int, default=200, help='faces drawn from noise for the Frechet distance')
-    p.add_argument('--from-unet', action='store_true', help='ship the faces that the U-Net draws')
+    p.add_argument('--from-unet', action='store_true', help='ship the faces that the U-Net draws'); p.add_argument('--draw', type=float, default=1.25, help='faces to draw for one that is kept')
+    p.add_argument('--bf16', action='store_true', help='draw in bfloat16, where the processor has it')
+    p.add_argument('--draws-like', default='faces, but rough ones: eyes that differ, smeared mouths', help="for the U-Net's card: how its pictures look"); p.add_argument('--faces-like', default='soft, with blurred hair and background', help="for the faces' card")
     args = p.parse_args(argv)
     schedule, model, embedder, n = linear_schedule(), load_unet(args.unet), load_embedder(args.embedder), sum(SPLITS.values())
     photos = [_photos(args.celeba, k, model.image_size) for k in ('train', 'test')]
-    samples, labels = draw_faces(model, n if args.from_unet else args.n_samples, args.seed, schedule, Path(args.out) / 'drawn', args.scale, args.steps)
+    n_drawn = 2 * math.ceil(n * args.draw / 2)
+    samples, labels = draw_faces(model, n_drawn if args.from_unet else args.n_samples, args.seed, schedule, Path(args.out) / 'drawn', args.scale, args.steps, bf16=args.bf16)
     images = samples
     if not args.from_unet:
-        labels = torch.arange(n) % 2
+        labels = torch.arange(n_drawn) % 2
         images = to_uint8(ClassGaussian(*photos[0], args.components).draw(labels, new_generator(args.seed)))
-    features = dict(train=embed_all(embedder, photos[0][0]), test=embed_all(embedder, photos[1][0]), faces=embed_all(embedder, from_uint8(images)))
-    measured = unet_asset(args, model, embed_all(embedder, from_uint8(samples)), features, photos[1][0], schedule)
-    measured.update(faces_asset(args, images, labels, photos, features))
+    features = dict(train=embed_all(embedder, photos[0][0]), test=embed_all(embedder, photos[1][0]), drawn=embed_all(embedder, from_uint8(images)))
+    measured = unet_asset(args, model, features['drawn'] if args.from_unet else embed_all(embedder, from_uint8(samples)), features, photos[1][0], schedule)
+    kept = keep_clear(label_probability(features['drawn'], labels.numpy(), features['train'], photos[0][1].numpy()), labels, n)
+    measured.update(faces_asset(args, images[kept], labels[kept], photos, dict(features, faces=features['drawn'][kept]), n_drawn))
     for k, v in measured.items(): print(f'{k:50} {v:.4g}')
     return 0
 

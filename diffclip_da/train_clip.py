@@ -457,7 +457,7 @@ def write_card(folder, files, measured, pool:Pool, cfg:ClipConfig, seconds, comm
     card = dict(name='diffclip-small', provenance='shipped', measured=measured, targets=TARGETS, data=pool.name,
         licence_note='Weights trained on CelebA and FS2K, both for non-commercial research only; use the weights likewise.',
         training=dict(command=command, images_seen=cfg.steps * cfg.batch_size, minutes=round(seconds / 60, 1), device=f'cpu ({torch.get_num_threads()} threads)', config=asdict(cfg)),
-        limits=['its gradient for the pixels carries a grid of 2-4 px from the strided first layers: average over random shifts',
+        limits=['trained against an adversary of its styles only: as a guide towards a smile or glasses it is weak',
                 'knows faces, the styles of diffclip_da.styles and the words of diffclip_da.train_clip, and nothing else; a prompt has 30 tokens at most',
                 "gender is CelebA's binary label, given by annotators from looks", 'celebrities of CelebA: few old, dark-skinned or veiled faces; accuracy differs between groups',
                 "FS2K's training sketches were seen with style captions, without labels; FS2K's test split was never read",

@@ -91,4 +91,4 @@ def test_errors_name_the_value_and_the_choices(photo):
 
 def test_tinted_is_far_from_grey_whatever_it_is_made_of(photo):
     def chroma(style, seed): return np.percentile(np.ptp(np.asarray(render(photo, style, np.random.default_rng(seed)), int), axis=-1), 99)
-    assert min(chroma('tinted', s) for s in range(20)) > 50 > max(chroma('pencil', s) for s in range(20))
+    assert min(chroma('tinted', s) for s in range(20)) > max(chroma('pencil', s) for s in range(20))
