@@ -85,7 +85,7 @@ def test_full_and_checkpointed_gradients_agree(x0, clip):
     for grad in ('full', 'checkpoint', 'step'):
         model, loss, g = copy.deepcopy(unet).requires_grad_(True), FinetuneLoss(clip, Face(), replace(cfg, id_weight=.5)), new_generator(0)
         terms = accumulate_gradients(model, latents, pairs, schedule, lambda x: loss(x, x0, g), grad)
-        assert set(terms) == {'total', 'clip', 'l1', 'id'} and not any(v.requires_grad for v in terms.values())
+        assert set(terms) == {'total', 'clip', 'l1', 'id', 'grid'} and not any(v.requires_grad for v in terms.values())
         got[grad] = grads(model), terms['total']
     scale = got['full'][0].abs().max()
     assert (got['full'][0] - got['checkpoint'][0]).abs().max() < 1e-6 * scale
@@ -115,10 +115,10 @@ def test_pretrained_is_left_alone_and_history_is_complete(unet, x0, clip):
     before = state_hash(unet)
     tuned, history = finetune(unet, x0, clip, Face(), schedule, replace(cfg, id_weight=.3, batch_size=3))
     assert state_hash(unet) == before != state_hash(tuned)
-    assert list(history.columns) == ['pass', 'step', 'total', 'clip', 'l1', 'id', 'grad_norm', 'lr', 'seconds']
+    assert list(history.columns) == ['pass', 'step', 'total', 'clip', 'l1', 'id', 'grid', 'grad_norm', 'lr', 'seconds']
     assert list(history['pass']) == [0, 0, 1, 1, 2, 2] and list(history.step) == list(range(6))
     assert history.lr.tolist() == pytest.approx([1e-4, 1e-4, 1.1e-4, 1.1e-4, 1.21e-4, 1.21e-4])
-    assert (history['total'] - (3 * history['clip'] + .3 * history['l1'] + .3 * history['id'])).abs().max() < 1e-5
+    assert (history['total'] - (3 * history['clip'] + .3 * history['l1'] + .3 * history['id'] + 3 * history['grid'])).abs().max() < 1e-5
     assert not tuned.training and not any(p.requires_grad for p in tuned.parameters()) and tuned.info['tuned_to'] == 'sketch'
     assert all(p.grad is None for p in clip.parameters())
 
