@@ -92,7 +92,7 @@ RECIPE = dict(t0=400, id_weight=.3, **CHEAP_INVERSION)
 
 PROFILES = {p.name: p for p in (
     Profile('embedded', n_train=400, n_valid=100, n_test=300, seeds=(0, 1, 2, 3, 4), **RECIPE),
-    Profile('celeba64', dataset='celeba', n_valid=100, seeds=(0, 1, 2, 3, 4), **RECIPE),
+    Profile('celeba64', dataset='celeba', n_valid=100, **RECIPE),
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai', embedder='facenet:vggface2',
             t0=601, id_weight=.3, grid_weight=0., tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
     Profile('toy', dataset='toy', size=16, n_train=24, n_valid=12, n_test=16, balanced=True, unet='toy', clip='toy', embedder='toy', t0=200,
