@@ -53,7 +53,7 @@ assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, i
 	$(BIN)/python -m diffclip_da.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v
 	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out $(OUT)/clip --work $(OUT)/train_clip
 	$(BIN)/python -m diffclip_da.train_embedder --celeba "$(CELEBA)" --teacher "$(TEACHER)" --out $(OUT)/embedder
-	$(BIN)/python -m diffclip_da.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --out $(OUT)
+	$(BIN)/python -m diffclip_da.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --scale 1 --draw 3 --out $(OUT)
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --wheel

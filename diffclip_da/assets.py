@@ -170,8 +170,8 @@ def faces_asset(args, images, labels, photos, features, n_drawn):
     folder = Path(args.out) / 'faces'
     write_faces(folder, images, labels, SPLITS)
     write_asset_card(folder, measured, dict(count=3000, label_agreement=0.98), 'drawn from a model fitted to the CelebA training partition (see training), no photo included', LICENCE_NOTE,
-               dict(command='python -m diffclip_da.assets --celeba CELEBA --unet runs/unet/model --out OUT', seed=args.seed, model=f'U-Net, class asked for, guidance {args.scale:g}, {args.steps} steps' if args.from_unet else f'Gaussian of each class, {args.components} principal components'),
-               f'People who do not exist, {args.faces_like}. The label is the class asked for (CelebA\'s binary "Male" attribute: 0 no, 1 yes), kept also where the '
+               dict(command=f'python -m diffclip_da.assets --celeba CELEBA --unet runs/unet/model --out OUT --draw {args.draw:g}', seed=args.seed, model=f'U-Net, class asked for, guidance {args.scale:g}, {args.steps} steps' if args.from_unet else f'Gaussian of each class, {args.components} principal components'),
+               f'People who do not exist, {args.faces_like}. Sorted: kept are those of whose label a logistic regression on the embedder was surest, so the classes are further apart than in life. The label is the class asked for (CelebA\'s binary "Male" attribute: 0 no, 1 yes), kept also where the '
                'judge disagrees; biases of CelebA (celebrities, mostly young and light-skinned, women with make-up) are the model\'s too.')
     return measured
 
