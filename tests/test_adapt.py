@@ -322,7 +322,7 @@ def test_folder_result(sketches, images, weights):
     report = json.loads((sketches/'report.json').read_text())
     assert report['target'] == 'a pencil sketch' and report['n_images'] == report['n_labelled'] == 7 and report['skipped'] == {}
     assert report['models']['unet']['provenance'] == 'published' and report['finetune']['n_images'] == 4 and report['adapt']['size'] == 16
-    assert set(report['last_pass']) == {'total', 'clip', 'l1', 'grad_norm'}
+    assert set(report['last_pass']) == {'total', 'clip', 'l1', 'grid', 'grad_norm'}
 
 def test_the_same_command_again_changes_nothing_and_another_prompt_is_refused(sketches, photos, weights, capsys, monkeypatch):
     before = tree(sketches)
