@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['CODE', 'OUT_OF_MEMORY', 'PROVENANCE_IN_WORDS', 'AdaptConfig', 'code_hash', 'describe_run', 'file_names', 'Run',
-           'claim_folder', 'Batches', 'in_precision', 'Pipeline', 'prefetch', 'processes', 'local_device', 'adapt',
+           'claim_folder', 'Batches', 'compiled', 'fast', 'Pipeline', 'prefetch', 'processes', 'local_device', 'adapt',
            'load_adapted', 'check_images', 'check_folders', 'estimate_seconds', 'say_plan', 'contact_sheet',
            'write_report', 'adapt_folder', 'tune_once', 'adapt_parser', 'main']
 
 # %% ../nbs/13_adapt.ipynb #03b067ac
-import argparse, functools, io, os, re, sys, time
+import argparse, functools, io, os, re, shutil, sys, time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -26,7 +26,7 @@ from .clip import load_clip
 from .core import (UserError, atomic_write, canonical_hash, default_device, friendly_exit, image_grid, jsonable, new_generator, progress,
                               read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
 from .data import IMAGE_SUFFIXES, ImageSet, Store, image_folder
-from .ddim import invert, sample, step_pairs
+from .ddim import evaluations, invert, sample, step_pairs
 from .finetune import FinetuneConfig, cached_latents, check_steps, device_of, finetune, finetune_key, need, tensor_hash, weights_hash
 from .identity import load_embedder
 from .schedule import linear_schedule
@@ -47,6 +47,7 @@ class AdaptConfig:
     batch_size: int = 16       # images at a time; halved when memory runs out
     shard_size: int = 64       # images between two points from which a killed run goes on
     dtype: str = 'float32'     # of the network's arithmetic: 'float32', 'bfloat16' or 'float16'
+    compile: bool = False      # torch.compile both networks: a minute or more to begin with, faster after that
     seed: int = 0              # of the noise when eta > 0
 
 @patch
@@ -188,18 +189,30 @@ class Batches:
         return torch.cat(out)
 
 # %% ../nbs/13_adapt.ipynb #b58f91ea
-def in_precision(model, dtype:str):
-    "`model` under autocast, its noise in float32 again."
-    if dtype == 'float32': return model
+def compiled(model):
+    "`torch.compile`, with the weights packed once for the processor; times go in as tensors, so that one graph serves all."
+    need(torch.cuda.is_available() or any(map(shutil.which, (os.environ.get('CXX', 'c++'), 'g++', 'clang++'))),
+         'compile needs a C++ compiler: install g++ or clang++, or leave compile out')
+    torch._inductor.config.freezing = True
+    graph = torch.compile(model)
+    return lambda x_t, t: graph(x_t, torch.as_tensor(t, device=x_t.device))
+
+def fast(model, cfg:AdaptConfig): # a module, or any eps_model
+    "`model` as the loop calls it: channels last, compiled and under autocast where asked for, its noise in float32 again."
+    net = model.to(memory_format=torch.channels_last) if isinstance(model, torch.nn.Module) else model
+    if cfg.compile: net = compiled(net)
+    half, dtype = cfg.dtype != 'float32', torch.float16 if cfg.dtype == 'float16' else torch.bfloat16
     def eps_model(x_t, t):
-        with torch.autocast(x_t.device.type, dtype=getattr(torch, dtype)): return model(x_t, t).float()
+        x_t = x_t.contiguous(memory_format=torch.channels_last)
+        with torch.autocast(x_t.device.type, dtype, enabled=half): return net(x_t, t).float()
     return eps_model
 
 class Pipeline:
     "Images to latents, latents to images."
     def __init__(self, pretrained, finetuned, cfg:AdaptConfig, schedule, say=print):
         inverter = finetuned if cfg.inversion_model == 'finetuned' else pretrained
-        self.inverter, self.generator = in_precision(inverter, cfg.dtype), in_precision(finetuned, cfg.dtype)
+        self.generator = fast(finetuned, cfg)
+        self.inverter = self.generator if inverter is finetuned else fast(inverter, cfg)
         self.cfg, self.schedule, self.device, self.batches = cfg, schedule, device_of(finetuned), Batches(cfg.batch_size, say)
 
     @torch.inference_mode()
@@ -308,8 +321,9 @@ def estimate_seconds(model, ft:FinetuneConfig, ad:AdaptConfig, n:int) -> float: 
     for _ in range(2):   # the first one warms up
         tic = time.perf_counter()
         model(x, ad.t0).sum().item()
-    evaluations = ft.n_images * (ft.n_inv + 3 * ft.passes * ft.n_gen) + n * (ad.n_inv + ad.n_gen)
-    return (time.perf_counter() - tic) / len(x) * evaluations
+    evaluations_inv = evaluations(ad.inversion, ad.n_inv, ad.n_iter)
+    todo = ft.n_images * (evaluations_inv + 3 * ft.passes * ft.n_gen) + n * (evaluations_inv + ad.n_gen)
+    return (time.perf_counter() - tic) / len(x) * todo
 
 def say_plan(images, bad, ft:FinetuneConfig, ad:AdaptConfig, models:dict, seconds:float, device, out):
     "What is about to happen, in words."
@@ -317,8 +331,8 @@ def say_plan(images, bad, ft:FinetuneConfig, ad:AdaptConfig, models:dict, second
     if bad: print(f'left out, as they cannot be read: {len(bad)} ({", ".join(list(bad)[:5])}{" ..." if len(bad) > 5 else ""})')
     for role, m in models.items():
         if m: print(f"  {role}: {m.get('name')} ({PROVENANCE_IN_WORDS.get(m.get('provenance'), m.get('provenance'))})")
-    print(f'  1. invert {ft.n_images} images ({ft.n_inv} steps) and fine-tune on them: {ft.passes} passes, {ft.n_gen} steps, return step {ft.t0}')
-    print(f'  2. adapt all {len(images)}: {ad.n_inv} + {ad.n_gen} network evaluations each, {ad.size} px')
+    print(f'  1. invert {ft.n_images} images ({evaluations(ft.inversion, ft.n_inv, ft.n_iter)} network evaluations each) and fine-tune on them: {ft.passes} passes, {ft.n_gen} steps, return step {ft.t0}')
+    print(f'  2. adapt all {len(images)}: {evaluations(ad.inversion, ad.n_inv, ad.n_iter)} + {ad.n_gen} network evaluations each, {ad.size} px')
     print(f'  about {max(1, round(seconds / 60))} min on {device}, less what is done already; Ctrl-C is safe, the same command goes on')
 
 PROVENANCE_IN_WORDS = dict(shipped='small stand-in, shipped with diffclip_da', published='published or your own weights', random='RANDOM weights: for tests only')
@@ -352,7 +366,8 @@ def write_report(out, images, adapted, bad, ft, ad, models, key, history):
 def adapt_folder(folder, target:str, out, source='photo', # photos; words for the wanted domain; result; words for the photos' domain
                  labels_csv=None,          # CSV of labels, see `image_folder`
                  size=None,                # pixels; default: the U-Net's own size
-                 t0=500, n_inv=40, n_gen=6, passes=6, n_images=50, seed=0, batch_size=16, # see FinetuneConfig, AdaptConfig
+                 t0=400, n_inv=6, n_gen=6, inversion='anderson', n_iter=2, # see `invert`: twice six evaluations do what 40 plain ones do
+                 passes=6, n_images=50, seed=0, batch_size=16, dtype='float32', compile=False, # see FinetuneConfig, AdaptConfig
                  device=None, unet='shipped', clip='shipped', embedder='shipped', # see load_unet, load_clip, load_embedder
                  skip_bad=False,           # leave out images that cannot be read
                  **finetune_options        # other fields of FinetuneConfig
@@ -361,10 +376,10 @@ def adapt_folder(folder, target:str, out, source='photo', # photos; words for th
     check_folders(folder, out)
     out, device, (rank, _, wait) = Path(out), local_device(device), processes()
     images, bad = check_images(image_folder(folder, labels_csv), skip_bad)
-    ft = FinetuneConfig(source=source, target=target, t0=t0, n_inv=n_inv, n_gen=n_gen, passes=passes, n_images=min(n_images, len(images)),
-                        seed=seed, **finetune_options)
+    ft = FinetuneConfig(source=source, target=target, t0=t0, n_inv=n_inv, n_gen=n_gen, inversion=inversion, n_iter=n_iter, passes=passes,
+                        n_images=min(n_images, len(images)), seed=seed, **finetune_options)
     schedule, model = linear_schedule(), load_unet(unet, device)
-    ad = AdaptConfig(t0=t0, n_inv=n_inv, n_gen=n_gen, inversion=ft.inversion, n_iter=ft.n_iter, size=size or model.image_size, batch_size=batch_size, seed=seed)
+    ad = AdaptConfig(t0=t0, n_inv=n_inv, n_gen=n_gen, inversion=inversion, n_iter=n_iter, size=size or model.image_size, batch_size=batch_size, dtype=dtype, compile=compile, seed=seed)
     ft.validate(schedule.T, len(images)); ad.validate(schedule.T)
     guide, face = load_clip(clip.split(',') if ',' in clip else clip, device=device), load_embedder(embedder) if ft.id_weight else None
     models = {k: getattr(m, 'info', None) for k, m in dict(unet=model, clip=guide, identity=face).items()}
@@ -402,7 +417,9 @@ def adapt_parser() -> argparse.ArgumentParser:
     p.add_argument('--source', default='photo', help='the domain of the photos (default: photo)')
     p.add_argument('--labels', dest='labels_csv', help='CSV of labels; they are carried over to labels.csv')
     for name, kind, default, text in (
-        ('t0', int, 500, 'return step: higher changes more'), ('n-inv', int, 40, 'inversion steps'), ('n-gen', int, 6, 'generation steps'),
+        ('t0', int, 400, 'return step: higher changes more'), ('n-inv', int, 6, 'inversion steps'), ('n-gen', int, 6, 'generation steps'),
+        ('inversion', str, 'anderson', 'ddim, fixed_point, average or anderson'), ('n-iter', int, 2, 'evaluations per inversion step; plain ddim spends one'),
+        ('dtype', str, 'float32', "arithmetic of the adaptation's networks: float32, bfloat16 or float16"),
         ('passes', int, 6, 'fine-tuning passes over the images'), ('n-images', int, 50, 'images to fine-tune on'), ('seed', int, 0, 'seed'),
         ('batch-size', int, 16, 'images at a time; halved when memory runs out'), ('size', int, None, "pixels (default: the U-Net's)"),
         ('device', str, None, 'cpu, cuda, cuda:1, mps (default: the best there is)'), ('lr', float, 6e-5, 'learning rate of fine-tuning'),
@@ -410,6 +427,7 @@ def adapt_parser() -> argparse.ArgumentParser:
         ('id-weight', float, 0., 'weight of the face identity loss'), ('grid-weight', float, 3., 'weight against patterns of period two'), ('grad', str, 'full', "'checkpoint' needs less memory"),
         ('unet', str, 'shipped', 'diffusion weights: shipped, a folder, a checkpoint file or a hub id'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, an open_clip name, or several with commas'),
         ('embedder', str, 'shipped', 'face embedder for --id-weight')): p.add_argument(f'--{name}', type=kind, default=default, help=f'{text} (default: {default})' if default is not None else text)
+    p.add_argument('--compile', action='store_true', help='torch.compile the networks of the adaptation: worth it from some thousand images on')
     p.add_argument('--skip-bad', action='store_true', help='leave out images that cannot be read, and list them in report.json')
     return p
 

@@ -70,7 +70,7 @@ class Profile:
     clip_weight: float = FinetuneConfig.clip_weight; l1_weight: float = FinetuneConfig.l1_weight; id_weight: float = FinetuneConfig.id_weight; grid_weight: float = FinetuneConfig.grid_weight
     n_crops: int = FinetuneConfig.n_crops; augment_noise: float = FinetuneConfig.augment_noise
     grad: str = FinetuneConfig.grad; tune_seed: int = FinetuneConfig.seed
-    inversion_model: str = AdaptConfig.inversion_model; eta: float = AdaptConfig.eta; dtype: str = AdaptConfig.dtype
+    inversion_model: str = AdaptConfig.inversion_model; eta: float = AdaptConfig.eta; dtype: str = AdaptConfig.dtype; compile: bool = AdaptConfig.compile
     adapt_batch_size: int = AdaptConfig.batch_size; shard_size: int = AdaptConfig.shard_size; adapt_seed: int = AdaptConfig.seed
     classifier: str = 'paper'     # 'paper' or 'small'
     epochs: int = 10; batch_size: int = 32; classifier_lr: float = 1e-3

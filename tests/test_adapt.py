@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import diffclip_da.adapt as A
-from diffclip_da.adapt import AdaptConfig, Batches, adapt, adapt_folder, check_images, file_names, load_adapted, main
+from diffclip_da.adapt import AdaptConfig, Batches, adapt, adapt_folder, check_images, fast, file_names, load_adapted, main
 from diffclip_da.core import UserError, new_generator, sha256_file
 from diffclip_da.data import image_folder
 from diffclip_da.schedule import linear_schedule
@@ -251,6 +251,24 @@ def test_half_precision_stays_close(tmp_path, images, unet, tuned, reference):
     got = adapt(images, unet, tuned, replace(cfg, dtype='bfloat16'), schedule, tmp_path/'out').tensor(images.ids, 16)
     gap = (got - load_adapted(reference, images).tensor(images.ids, 16)).abs().mean()
     assert 0 < gap < .05
+
+
+@pytest.mark.skipif(not (shutil.which('c++') or shutil.which('g++')), reason='no C++ compiler')
+def test_compiled_networks_draw_the_same(tmp_path, images, unet, tuned, reference):
+    got = adapt(images, unet, tuned, replace(cfg, compile=True), schedule, tmp_path/'out').tensor(images.ids, 16)
+    want = load_adapted(reference, images).tensor(images.ids, 16)
+    assert (got - want).abs().max() < 2.5 / 127.5 and got.std() > 0
+
+def test_compiling_without_a_compiler_says_what_to_install(monkeypatch, tuned):
+    monkeypatch.setattr('shutil.which', lambda name: None)
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with pytest.raises(UserError, match='install g'): fast(tuned, replace(cfg, compile=True))
+
+def test_networks_see_channels_last_images():
+    seen = []
+    def eps_model(x, t): seen.append(x.is_contiguous(memory_format=torch.channels_last)); return x
+    fast(eps_model, cfg)(torch.randn(2, 3, 8, 8), 10)
+    assert seen == [True]
 
 
 class Hungry(torch.nn.Module):

@@ -1,0 +1,233 @@
+"""Speed, memory and quality of adaptation, side by side in one process.
+
+    python benchmarks/speed.py                # all parts, some ten minutes on two cores
+    python benchmarks/speed.py --parts loops  # one part
+
+Compared are (a) our adaptation; (b) the loop of published code: batch 1, model rebuilt from its file for every image, 40 + 6 evaluations,
+float32; (c) a loop over diffusers' DDIMInverseScheduler and DDIMScheduler with the same network and batch. Each round times all of them one
+after the other; a row holds medians over the rounds. Results go to `results.json`, its table to `README.md`.
+"""
+import argparse, os, platform, statistics, subprocess, sys, tempfile, time
+from pathlib import Path
+
+import torch
+from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DModel
+
+from diffclip_da.adapt import AdaptConfig, Pipeline
+from diffclip_da.classify import predict, train_classifier
+from diffclip_da.core import default_device, friendly_exit, read_json, versions, write_json
+from diffclip_da.data import shipped_faces
+from diffclip_da.ddim import reconstruct
+from diffclip_da.schedule import linear_schedule
+from diffclip_da.unet import EpsUNet, load_unet
+
+HERE, T0, BATCH = Path(__file__).parent, 400, 8
+SCHEDULE = linear_schedule()
+BETAS = dict(num_train_timesteps=SCHEDULE.T, beta_start=1e-4, beta_end=.02, beta_schedule='linear', clip_sample=False)
+# the celebahq architecture of google/ddpm-celebahq-256
+CELEBAHQ = dict(sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
+                norm_eps=1e-6, attention_head_dim=None, down_block_types=('DownBlock2D',) * 4 + ('AttnDownBlock2D', 'DownBlock2D'),
+                up_block_types=('UpBlock2D', 'AttnUpBlock2D') + ('UpBlock2D',) * 4)
+ARROW = {True: 'met', False: 'missed', None: ''}
+
+
+def ours(model, x0, **fields):
+    "(a): the library's own path from images to images."
+    p = Pipeline(model, model, AdaptConfig(**{**dict(t0=T0, n_inv=40, n_gen=6, batch_size=BATCH), **fields}), SCHEDULE)
+    return lambda: p.generate(p.invert(x0))
+
+
+@torch.no_grad()
+def diffusers_loop(model, x0, n_inv, n_gen, batch=None, dtype='float32'):
+    "(c): of round(n * T / t0) evenly spaced times those up to t0, as an img2img pipeline takes them; 'trailing', so that both walks meet at t0."
+    def walk(scheduler, n, x, down):
+        scheduler.set_timesteps(round(n * SCHEDULE.T / T0))
+        times = scheduler.timesteps[-n:] if down else scheduler.timesteps[:n]
+        for t in times:
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == 'bfloat16'): eps = model(x, t.to(x.device)).float()
+            x = scheduler.step(eps, t, x).prev_sample
+        return x
+    out = []
+    for x in x0.split(batch or BATCH):
+        z = walk(DDIMInverseScheduler(**BETAS, timestep_spacing='trailing'), n_inv, x.to(model.unet.device), False)
+        out.append(walk(DDIMScheduler(**BETAS, timestep_spacing='trailing', set_alpha_to_one=True), n_gen, z, True).cpu())
+    return torch.cat(out)
+
+
+@torch.no_grad()
+def published_loop(x0, device):
+    "(b)"
+    out = []
+    for x in x0:
+        model = load_unet('shipped', device)
+        out.append(reconstruct(model, x[None].to(device), T0, 40, 6, SCHEDULE).cpu())
+    return torch.cat(out)
+
+
+def timed(f):
+    tic = time.perf_counter()
+    out = f()
+    if torch.cuda.is_available(): torch.cuda.synchronize()
+    return time.perf_counter() - tic, out
+
+
+def compare(ways:dict, rounds:int) -> dict: # name -> callable; -> name -> (seconds of each round, result)
+    for f in ways.values(): f()   # warm up
+    runs = {k: [] for k in ways}
+    for _ in range(rounds):
+        for k, f in ways.items(): runs[k].append(timed(f))
+    return {k: ([s for s, _ in v], v[-1][1]) for k, v in runs.items()}
+
+
+def error(out, x0): return (out - x0).abs().mean().item() / 2
+
+
+def row(name, ours, other, unit, runs, target=None, higher=True, note=''):
+    ratio = None if other in (None, 0) else ours / other if higher else other / ours
+    value = ratio if ratio is not None else ours
+    met = None if target is None else value >= target if higher else value <= target
+    return dict(name=name, device=DEVICE, ours=round(ours, 4), other=None if other is None else round(other, 4), ratio=None if ratio is None else round(ratio, 3),
+                unit=unit, runs=runs, target=target, met=met, note=note)
+
+
+def loops(args, device):
+    "64 px, the shipped U-Net and faces."
+    faces = shipped_faces('test')
+    x0, model = faces.tensor(faces.ids[:args.images], 64), load_unet('shipped', device)
+    plain = load_unet('shipped', device)   # not touched by our memory layout
+    few = x0[:max(2, args.images // 8)]
+    ways = dict(equal=ours(model, x0), cheap=ours(model, x0, n_inv=6, inversion='fixed_point'), cheap_bf16=ours(model, x0, n_inv=6, inversion='fixed_point', dtype='bfloat16'),
+                profile=ours(model, x0, n_inv=6, inversion='anderson', n_iter=2), profile_bf16=ours(model, x0, n_inv=6, inversion='anderson', n_iter=2, dtype='bfloat16'),
+                c46=lambda: diffusers_loop(plain, x0, 40, 6), c18=lambda: diffusers_loop(plain, x0, 12, 6), c_free=lambda: diffusers_loop(plain, x0, 10, 10),
+                b=lambda: published_loop(few, device))
+    if args.compile: ways |= dict(compiled=ours(model, x0, compile=True), fastest=ours(model, x0, n_inv=6, inversion='fixed_point', dtype='bfloat16', compile=True))
+    r = compare(ways, args.rounds)
+    n = dict.fromkeys(ways, len(x0)) | dict(b=len(few))
+    rate = {k: n[k] / statistics.median(s) for k, (s, _) in r.items()}
+    err = {k: error(out, few if k == 'b' else x0) for k, (_, out) in r.items()}
+    for k in ways: print(f'{k:14} {rate[k]:7.2f} images/s, error {err[k]:.4f}', flush=True)
+    half = (r['profile'][1] - r['profile_bf16'][1]).abs().mean().item() / 2
+    train, y = (lambda s: (s.tensor(s.ids[:400], 64), s.labels_of(s.ids[:400])))(shipped_faces('train'))
+    cnn = train_classifier((train, y), {}, epochs=5, desc='classifier for the agreement')[0]
+    agree = ((predict(cnn, r['profile'][1]) > .5) == (predict(cnn, r['profile_bf16'][1]) > .5)).float().mean().item()
+    k = args.rounds
+    say = lambda a, c: f'reconstruction error {err[a]:.4f}, the other {err[c]:.4f}'
+    out = [row('cpu64_vs_diffusers_equal_steps', rate['equal'], rate['c46'], 'images/s', k, 1.3, note=f'40 + 6, float32; {say("equal", "c46")}'),
+           row('cpu64_vs_diffusers_equal_error', rate['cheap'], rate['c46'], 'images/s', k, 3., note=f'6 generation steps, as the fine-tuned network has; ours inverts in 6 by one fixed-point evaluation each, the other in 40; {say("cheap", "c46")}'),
+           row('cpu64_vs_diffusers_equal_error_bf16', rate['cheap_bf16'], rate['c46'], 'images/s', k, note=f'the same in bfloat16; {say("cheap_bf16", "c46")}'),
+           row('cpu64_vs_diffusers_any_steps', rate['profile'], rate['c_free'], 'images/s', k, note=f"the profiles' 12 + 6 against 10 + 10, which no longer fits a network tuned for 6; {say('profile', 'c_free')}"),
+           row('cpu64_vs_diffusers_18_evaluations', rate['profile'], rate['c18'], 'images/s', k, note=f'12 + 6 both; {say("profile", "c18")}'),
+           row('cpu64_vs_published_loop', rate['cheap'], rate['b'], 'images/s', k, 10., note=f'float32; {say("cheap", "b")}'),
+           row('cpu64_vs_published_loop_bf16', rate['cheap_bf16'], rate['b'], 'images/s', k, 10., note=f'ours in bfloat16; {say("cheap_bf16", "b")}'),
+           row('cpu64_bf16_image_difference', half, None, 'mean absolute difference, 0-1', k, note='12 + 6, bfloat16 against float32'),
+           row('cpu64_bf16_decision_agreement', agree, None, 'share of images', k, .99, note=f'{len(x0)} images, the CNN of the paper')]
+    if args.compile: out += [row('cpu64_compiled_bf16_vs_published_loop', rate['fastest'], rate['b'], 'images/s', k, 10., note=f'ours in bfloat16 and compiled; {say("fastest", "b")}'), row('cpu64_compiled_vs_diffusers_equal_steps', rate['compiled'], rate['c46'], 'images/s', k, 1.3, note=f'torch.compile, which takes a minute or more to begin with; {say("compiled", "c46")}')]
+    return [dict(q, name=q['name'].replace('cpu', DEVICE_KIND, 1)) for q in out]
+
+
+def peak(device):
+    "Share of the measured peak, in 2 x MAC."
+    model, x = load_unet('shipped', device), torch.randn(BATCH, 3, 64, 64, device=device)
+    from torch.utils.flop_counter import FlopCounterMode
+    with FlopCounterMode(display=False) as f, torch.no_grad(): model(x, 10)
+    a, im, w = torch.randn(2048, 2048, device=device), *(t.to(device, memory_format=torch.channels_last) for t in (torch.randn(8, 128, 64, 64), torch.randn(128, 128, 3, 3)))
+    best = max(max(2 * 2048**3 / timed(lambda: a @ a)[0], 8 * 64**2 * 128**2 * 18 / timed(lambda: torch.conv2d(im, w, padding=1))[0]) for _ in range(12))
+    step = ours(model, x.cpu().clamp(-1, 1), n_inv=6, n_gen=6)
+    step()
+    seconds = statistics.median(timed(step)[0] for _ in range(5)) / 12
+    return [row(f'{DEVICE_KIND}64_share_of_peak', f.get_total_flops() / seconds / best, None, 'of the measured peak, the faster of a matrix product and a 3 x 3 convolution in float32', 5,
+                note=f'{f.get_total_flops() / BATCH / 1e9:.2f} GFLOP an image and evaluation; peak {best / 1e9:.0f} GFLOP/s')]
+
+
+def big(args, device):
+    "256 px: one evaluation of the celebahq architecture with random weights."
+    torch.manual_seed(0)
+    model, x0 = EpsUNet(UNet2DModel(**CELEBAHQ)).to(device).eval().requires_grad_(False), torch.rand(args.big_images, 3, 256, 256) * 2 - 1
+    n_inv, n_gen = args.big_steps
+    ways = {'(c)': lambda: diffusers_loop(model, x0, n_inv, n_gen, args.big_images), '(a)': ours(model, x0, size=256, n_inv=n_inv, n_gen=n_gen, batch_size=args.big_images)}
+    half = dict(n_inv=n_inv, n_gen=n_gen, size=256, batch_size=args.big_images, dtype='bfloat16')
+    r = compare(ways, max(2, args.rounds - 1))   # before `ours` changes the layout there is one warm-up of (c) only: both orders were tried, no difference
+    b = compare({'(a) bf16': ours(model, x0, **half)}, max(2, args.rounds - 1))
+    each = {k: statistics.median(s) / args.big_images / (n_inv + n_gen) for k, (s, _) in (r | b).items()}
+    return [row(f'{DEVICE_KIND}256_vs_diffusers_equal_steps', 1 / each['(a)'], 1 / each['(c)'], 'evaluations/s', len(r['(a)'][0]), note=f'{sum(v.numel() for v in model.parameters()) / 1e6:.2f} M parameters, random weights, float32, batch {args.big_images}'),
+            row(f'{DEVICE_KIND}256_bf16_vs_diffusers', 1 / each['(a) bf16'], 1 / each['(c)'], 'evaluations/s', len(b['(a) bf16'][0]), note='ours in bfloat16')]
+
+
+GROWTH = '''
+import sys, resource, torch, time
+from diffclip_da.adapt import AdaptConfig, adapt
+from diffclip_da.data import image_folder
+from diffclip_da.schedule import linear_schedule
+from diffclip_da.unet import tiny_unet
+photos, out = sys.argv[1:]
+images, net = image_folder(photos), tiny_unet(64)
+tic = time.perf_counter()
+adapt(images, net, net, AdaptConfig(t0=400, n_inv=1, n_gen=1, batch_size=32), linear_schedule(), out)
+print(len(images), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - tic)
+'''
+
+
+def memory(args, device):
+    "Peak memory and time of adapting 10 to 10,000 images, each in a process of its own; a tiny network, so that all but the network shows."
+    faces, got = shipped_faces(None), {}
+    for n in (10, 100, 1000, 10_000):
+        with tempfile.TemporaryDirectory() as d:
+            photos = Path(d)/'photos'
+            photos.mkdir()
+            pictures = [faces.pil(i) for i in faces.ids[:min(n, 200)]]
+            for k in range(n): pictures[k % len(pictures)].save(photos/f'{k:05}.png')
+            env = dict(os.environ, DIFFCLIP_QUIET='1')
+            said = subprocess.run([sys.executable, '-c', GROWTH, photos, Path(d)/'out'], check=True, capture_output=True, text=True, env=env).stdout.split()
+            got[n] = float(said[-2]) / 1024, float(said[-1])
+        print(f'{n:6} images: {got[n][0]:.0f} MB, {got[n][1]:.1f} s', flush=True)
+    per = {n: s / n * 1000 for n, (_, s) in got.items()}
+    return [row('memory_10000_over_100', got[10_000][0] / got[100][0], None, 'ratio of peak memory', 1, 1.1, higher=False, note='; '.join(f'{n}: {m:.0f} MB' for n, (m, _) in got.items())),
+            row('seconds_per_image_10000_over_100', per[10_000] / per[100], None, 'ratio', 1, note='; '.join(f'{n}: {v:.1f} ms' for n, v in per.items()))]
+
+
+def table(rows) -> str:
+    head = '| row | ours | other | ratio | target | runs | unit and remark |\n|---|---|---|---|---|---|---|\n'
+    show = lambda v: '' if v is None else f'{v:g}'
+    return head + ''.join(f"| `{r['name']}` | {show(r['ours'])} | {show(r['other'])} | {show(r['ratio'])} | {show(r['target'])} {ARROW[r['met']]} | {r['runs']} | {r['unit']}; {r['note']} |\n" for r in rows)
+
+
+def save(new, path):
+    old = read_json(path)['rows'] if path.exists() else []
+    names = {r['name'] for r in new}
+    rows = sorted([r for r in old if r['name'] not in names] + new, key=lambda r: r['name'])
+    write_json(path, dict(rows=rows, versions=versions()))
+    readme = path.with_name('README.md')
+    if not readme.exists(): return
+    before, rest = readme.read_text(encoding='utf-8').split('<!-- table -->\n')[:2]
+    after = readme.read_text(encoding='utf-8').split('<!-- end -->\n')[1]
+    readme.write_text(f'{before}<!-- table -->\n{table(rows)}<!-- end -->\n{after}', encoding='utf-8')
+
+
+def cpu_name():
+    info = Path('/proc/cpuinfo')
+    names = [line.split(':')[1].strip() for line in info.read_text().splitlines() if line.startswith('model name')] if info.exists() else []
+    return f'{names[0] if names else platform.processor() or "CPU"}, {torch.get_num_threads()} threads'
+
+
+@friendly_exit
+def main(argv=None):
+    global DEVICE, DEVICE_KIND
+    a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    a.add_argument('--parts', nargs='*', choices=('loops', 'peak', 'big', 'memory'), default=['loops', 'peak', 'big', 'memory'])
+    a.add_argument('--images', type=int, default=64); a.add_argument('--rounds', type=int, default=5)
+    a.add_argument('--big-images', type=int, default=1); a.add_argument('--big-steps', type=int, nargs=2, default=(2, 1))
+    a.add_argument('--compile', action='store_true', help='torch.compile too')
+    a.add_argument('--out', default=str(HERE/'results.json'))
+    args = a.parse_args(argv)
+    device = default_device()
+    DEVICE_KIND = 'gpu' if device.type == 'cuda' else 'cpu'
+    DEVICE = torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()
+    parts = dict(loops=lambda: loops(args, device), peak=lambda: peak(device), big=lambda: big(args, device), memory=lambda: memory(args, device))
+    for p in args.parts:
+        rows = parts[p]()
+        save(rows, Path(args.out))
+        print(table(rows), flush=True)
+    return 0
+
+
+if __name__ == '__main__': raise SystemExit(main())
