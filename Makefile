@@ -10,7 +10,7 @@ STAMP   := $(VENV)/.installed
 # papermill -p takes KEY VALUE: e.g. make figures ARGS="-p n_inv 40"
 ARGS    ?=
 
-.PHONY: help install figures test check lab assets verify wheel bench clean
+.PHONY: help install figures test check lab assets verify wheel bench tidy clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -57,6 +57,14 @@ assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, i
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --wheel
+
+tidy: $(STAMP) ## after work on the notebooks: export, clean, alt texts
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_export
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/nbdev_clean
+	$(BIN)/python tests/alt_text.py
+
+bench: $(STAMP) ## the benchmarks that need no data, into benchmarks/
+	$(BIN)/python benchmarks/speed.py --compile
 
 clean: ## remove builds and caches, keep runs/ and .venv
 	rm -rf build dist *.egg-info .pytest_cache

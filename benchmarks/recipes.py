@@ -75,12 +75,12 @@ def trial(name, fields, args, judge_clip, judge_face, cnns):
     exp, tic = Experiment(p, root='runs/recipes', celeba=args.celeba), time.perf_counter()
     tuned = exp.tuned[0]
     images, cfg = exp.splits['valid'], replace(p.config(AdaptConfig), size=p.size)
-    after_set = adapt(images, exp.models[0], tuned, cfg, exp.schedule, Path('runs/recipes')/args.profile/f'trial-{name}', cache=Path('runs/recipes/latents'))
+    after_set = adapt(images, exp.models[0], tuned, cfg, exp.schedule, Path('runs/recipes')/args.profile/f'trial-{name}-{exp.weights["clip"]["sha256"][:8]}', cache=Path('runs/recipes/latents'))
     before, after, y = images.tensor(images.ids, p.size), after_set.tensor(images.ids, p.size), images.labels_of(images.ids)
     if not cnns: cnns += [train_classifier(exp.tensors('train', 'original'), {}, None, p.epochs, p.batch_size, p.classifier_lr, s, p.classifier)[0] for s in (0, 1, 2)]
     row = measure(before, after, p, exp.models, judge_clip, judge_face, [m.eval() for m in cnns], y)
     show = [int(v) for c in (0, 1) for v in (y == c).nonzero().flatten()[:6]]
-    to_pil(image_grid(torch.cat([before[show], after[show]]), 12)).resize((12 * 132, 2 * 132)).save(f'runs/recipes/{args.profile}-{name}.png')
+    to_pil(image_grid(torch.cat([before[show], after[show]]), 12)).resize((12 * 132, 2 * 132)).save(f'runs/recipes/{args.profile}-{name}-{exp.weights["clip"]["sha256"][:8]}.png')
     return dict(profile=args.profile, trial=name, **row, seconds=round(time.perf_counter() - tic), changed='; '.join(f'{k}={v}' for k, v in fields.items()),
                 unet=exp.weights['unet']['sha256'][:12], clip=exp.weights['clip']['sha256'][:12])
 

@@ -7,6 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
+from alt_text import pictures, said
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / 'nbs').glob('*.ipynb'))
@@ -60,6 +61,14 @@ def test_really_run(name):
     errors = [(o['ename'], o['evalue']) for o in outputs(name) if o['output_type'] == 'error']
     assert not errors, errors
     assert outputs(name), 'no stored output: run the notebook'
+
+
+@every_notebook
+def test_pictures_are_described_in_words(name):
+    for c in NOTEBOOKS[name]['cells']:
+        for o, mime in pictures(c):
+            assert said(c), f'cell {c["id"]}: add a line "#| fig-alt: what the picture shows", then run tests/alt_text.py'
+            assert o['metadata'][mime]['alt'] == said(c), f'cell {c["id"]}: run tests/alt_text.py'
 
 
 @every_notebook
