@@ -22,6 +22,7 @@ import torch
 from fastcore.basics import patch
 
 import diffclip_da
+from .align import align_faces
 from .clip import load_clip
 from .core import (UserError, atomic_write, canonical_hash, default_device, friendly_exit, image_grid, jsonable, new_generator, progress,
                               read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
@@ -328,7 +329,7 @@ def estimate_seconds(model, ft:FinetuneConfig, ad:AdaptConfig, n:int) -> float: 
 def say_plan(images, bad, ft:FinetuneConfig, ad:AdaptConfig, models:dict, seconds:float, device, out):
     "What is about to happen, in words."
     print(f'{len(images)} images of {images.name}: {ft.source!r} -> {ft.target!r}, result in {out}')
-    if bad: print(f'left out, as they cannot be read: {len(bad)} ({", ".join(list(bad)[:5])}{" ..." if len(bad) > 5 else ""})')
+    if bad: print(f'left out: {len(bad)} ({", ".join(list(bad)[:5])}{" ..." if len(bad) > 5 else ""})')
     for role, m in models.items():
         if m: print(f"  {role}: {m.get('name')} ({PROVENANCE_IN_WORDS.get(m.get('provenance'), m.get('provenance'))})")
     print(f'  1. invert {ft.n_images} images ({evaluations(ft.inversion, ft.n_inv, ft.n_iter)} network evaluations each) and fine-tune on them: {ft.passes} passes, {ft.n_gen} steps, return step {ft.t0}')
@@ -370,15 +371,19 @@ def adapt_folder(folder, target:str, out, source='photo', # photos; words for th
                  passes=6, n_images=50, seed=0, batch_size=16, dtype='float32', compile=False, # see FinetuneConfig, AdaptConfig
                  device=None, unet='shipped', clip='shipped', embedder='shipped', # see load_unet, load_clip, load_embedder
                  skip_bad=False,           # leave out images that cannot be read
+                 align=False,              # faces: find, turn and cut them first (notebook 06b)
                  **finetune_options        # other fields of FinetuneConfig
                 ) -> ImageSet:             # the adapted images, same ids and labels
     "Turn a folder of photos into what `target` describes. Photos are cropped to a centred square, then resized."
     check_folders(folder, out)
     out, device, (rank, _, wait) = Path(out), local_device(device), processes()
-    images, bad = check_images(image_folder(folder, labels_csv), skip_bad)
+    images, bad = check_images(image_folder(folder, labels_csv, crop=None if align else 'center'), skip_bad)
+    schedule, model = linear_schedule(), load_unet(unet, device)
+    if align:
+        images, faces = align_faces(images, out/'.diffclip'/'aligned', size or model.image_size)
+        bad.update({i: 'no face was found' for i in faces.id[~faces.found]})
     ft = FinetuneConfig(source=source, target=target, t0=t0, n_inv=n_inv, n_gen=n_gen, inversion=inversion, n_iter=n_iter, passes=passes,
                         n_images=min(n_images, len(images)), seed=seed, **finetune_options)
-    schedule, model = linear_schedule(), load_unet(unet, device)
     ad = AdaptConfig(t0=t0, n_inv=n_inv, n_gen=n_gen, inversion=inversion, n_iter=n_iter, size=size or model.image_size, batch_size=batch_size, dtype=dtype, compile=compile, seed=seed)
     ft.validate(schedule.T, len(images)); ad.validate(schedule.T)
     guide, face = load_clip(clip.split(',') if ',' in clip else clip, device=device), load_embedder(embedder) if ft.id_weight else None
@@ -427,6 +432,7 @@ def adapt_parser() -> argparse.ArgumentParser:
         ('id-weight', float, 0., 'weight of the face identity loss'), ('grid-weight', float, 3., 'weight against patterns of period two'), ('grad', str, 'full', "'checkpoint' needs less memory"),
         ('unet', str, 'shipped', 'diffusion weights: shipped, a folder, a checkpoint file or a hub id'), ('clip', str, 'shipped', 'CLIP: shipped, a folder, an open_clip name, or several with commas'),
         ('embedder', str, 'shipped', 'face embedder for --id-weight')): p.add_argument(f'--{name}', type=kind, default=default, help=f'{text} (default: {default})' if default is not None else text)
+    p.add_argument('--align', action='store_true', help='find the largest face in each photo, turn it upright and cut it out; photos without a face are left out and named')
     p.add_argument('--compile', action='store_true', help='torch.compile the networks of the adaptation: worth it from some thousand images on')
     p.add_argument('--skip-bad', action='store_true', help='leave out images that cannot be read, and list them in report.json')
     return p
