@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['CODE', 'OUT_OF_MEMORY', 'PROVENANCE_IN_WORDS', 'AdaptConfig', 'code_hash', 'describe_run', 'file_names', 'Run',
-           'claim_folder', 'Batches', 'compiled', 'fast', 'Pipeline', 'prefetch', 'processes', 'local_device', 'adapt',
-           'load_adapted', 'check_images', 'check_folders', 'estimate_seconds', 'say_plan', 'contact_sheet',
-           'write_report', 'adapt_folder', 'tune_once', 'adapt_parser', 'main']
+           'claim_folder', 'Batches', 'compiled', 'fast', 'Pipeline', 'prefetch', 'adapt', 'load_adapted',
+           'check_images', 'check_folders', 'estimate_seconds', 'say_plan', 'contact_sheet', 'write_report',
+           'adapt_folder', 'tune_once', 'adapt_parser', 'main']
 
 # %% ../nbs/13_adapt.ipynb #03b067ac
 import argparse, functools, io, os, re, shutil, sys, time
@@ -14,7 +14,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
@@ -24,8 +23,8 @@ from fastcore.basics import patch
 import diffclip_da
 from .align import align_faces
 from .clip import load_clip
-from .core import (UserError, atomic_write, canonical_hash, default_device, friendly_exit, image_grid, jsonable, new_generator, progress,
-                              read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
+from .core import (UserError, atomic_write, canonical_hash, friendly_exit, image_grid, jsonable, local_device, new_generator, processes,
+                              progress, read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
 from .data import IMAGE_SUFFIXES, ImageSet, Store, image_folder
 from .ddim import evaluations, invert, sample, step_pairs
 from .finetune import FinetuneConfig, cached_latents, check_steps, device_of, finetune, finetune_key, need, tensor_hash, weights_hash
@@ -239,22 +238,6 @@ def prefetch(load, items):
             now = ahead.result()
             ahead = pool.submit(load, items[i + 1]) if i + 1 < len(items) else None
             yield item, now
-
-# %% ../nbs/13_adapt.ipynb #2e1e6d76
-def processes() -> tuple: # (rank, number of processes, a function that waits for all)
-    "This process's place among those that `accelerate launch` or `torchrun` started; (0, 1, no wait) when it is alone."
-    if int(os.environ.get('WORLD_SIZE', 1)) < 2: return 0, 1, lambda: None
-    from accelerate import PartialState
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))   # one may wait while another fine-tunes
-    return state.process_index, state.num_processes, state.wait_for_everyone
-
-def local_device(name=None) -> torch.device: # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
-    "A device that works, or `UserError`; among several GPUs the one of this process."
-    if name:
-        try: return torch.zeros(1, device=name).device
-        except (RuntimeError, AssertionError, NotImplementedError) as e: raise UserError(f'device {name!r} cannot be used ({str(e).splitlines()[0]}); take cpu') from e
-    d = default_device()
-    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()) if d.type == 'cuda' else d
 
 # %% ../nbs/13_adapt.ipynb #8902dbee
 def adapt(images:ImageSet, pretrained, finetuned, # what to adapt; the U-Net that inverts, the one that generates

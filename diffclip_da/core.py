@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'RECORD_KEYS', 'PROVENANCE', 'UserError', 'friendly_exit', 'set_seed', 'new_generator', 'default_device',
-           'atomic_write', 'jsonable', 'write_json', 'read_json', 'sha256_bytes', 'sha256_file', 'check_sha256',
-           'canonical_hash', 'state_hash', 'versions', 'git_commit', 'asset_dir', 'load_card', 'asset_file', 'to_uint8',
-           'from_uint8', 'to_pil', 'from_pil', 'image_grid', 'show_images', 'set_style', 'progress', 'make_record',
-           'validate_record', 'save_figure']
+           'processes', 'local_device', 'atomic_write', 'jsonable', 'write_json', 'read_json', 'sha256_bytes',
+           'sha256_file', 'check_sha256', 'canonical_hash', 'state_hash', 'versions', 'git_commit', 'asset_dir',
+           'load_card', 'asset_file', 'to_uint8', 'from_uint8', 'to_pil', 'from_pil', 'image_grid', 'show_images',
+           'set_style', 'progress', 'make_record', 'validate_record', 'save_figure']
 
 # %% ../nbs/01_core.ipynb #963414aa
 import contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, io, json, math
 import os, platform, random, subprocess, sys
+from datetime import timedelta
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -59,6 +60,22 @@ def default_device() -> torch.device:
     if torch.cuda.is_available(): return torch.device('cuda')
     if torch.backends.mps.is_available(): return torch.device('mps')
     return torch.device('cpu')
+
+# %% ../nbs/01_core.ipynb #35596843
+def processes() -> tuple: # (rank, number of processes, a function that waits for all)
+    "This process's place among those that `accelerate launch` or `torchrun` started; (0, 1, no wait) when it is alone."
+    if int(os.environ.get('WORLD_SIZE', 1)) < 2: return 0, 1, lambda: None
+    from accelerate import PartialState
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))   # one may wait while another fine-tunes
+    return state.process_index, state.num_processes, state.wait_for_everyone
+
+def local_device(name=None) -> torch.device: # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
+    "A device that works, or `UserError`; among several GPUs the one of this process."
+    if name:
+        try: return torch.zeros(1, device=name).device
+        except (RuntimeError, AssertionError, NotImplementedError) as e: raise UserError(f'device {name!r} cannot be used ({str(e).splitlines()[0]}); take cpu') from e
+    d = default_device()
+    return torch.device('cuda', int(os.environ.get('LOCAL_RANK', 0)) % torch.cuda.device_count()) if d.type == 'cuda' else d
 
 # %% ../nbs/01_core.ipynb #7508cddb
 def _write_error(path, e:OSError) -> UserError:

@@ -1,4 +1,9 @@
 "Training: learns, resumes bit for bit, refuses what it cannot use"
+import os
+import socket
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -84,3 +89,41 @@ def test_command_line_trains_on_a_folder_and_writes_a_model(tmp_path, images, ca
     for bad, message in [(['--out', 'x'], 'exactly one of --celeba and --images'), (['--images', str(tmp_path / 'none'), '--out', str(tmp_path / 'o2')], str(tmp_path / 'none'))]:
         with pytest.raises(SystemExit) as e: main(bad)
         assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+TWO = '''
+import sys, torch
+from diffclip_da.schedule import linear_schedule
+from diffclip_da.train import TrainConfig, train_diffusion
+from diffclip_da.unet import tiny_unet
+g = torch.Generator().manual_seed(0)
+images, labels = torch.randint(0, 256, (20, 3, 16, 16), generator=g, dtype=torch.uint8), torch.arange(20) % 2
+cfg = TrainConfig(n_images=40, batch_size=int(sys.argv[2]), warmup=2, checkpoint_every=2)
+model, history = train_diffusion(tiny_unet(16, n_classes=2), images, labels, linear_schedule(), cfg, sys.argv[1])
+print(len(history))
+'''
+
+
+def launch(script, world, *args):
+    "What `accelerate launch --num_processes world` does."
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'DIFFCLIP_QUIET': '1', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': 'true'}
+    if world > 1: env |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    ps = [subprocess.Popen([sys.executable, '-c', script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=env | (dict(RANK=str(r), LOCAL_RANK=str(r)) if world > 1 else {})) for r in range(world)]
+    return [(p, *p.communicate(timeout=300)) for p in ps]
+
+
+def test_two_processes_take_the_steps_of_one(tmp_path):
+    for world in (1, 2):
+        for p, out, err in launch(TWO, world, tmp_path/str(world), 8): assert p.returncode == 0 and out.strip() == '5', err
+    one, two = (torch.load(tmp_path/d/'checkpoint.pt', weights_only=True) for d in '12')
+    assert one['step'] == two['step'] == 5
+    torch.testing.assert_close(one['history'], two['history'], rtol=1e-4, atol=1e-6)
+    for k, v in one['ema'].items(): torch.testing.assert_close(v, two['ema'][k], rtol=1e-2, atol=2e-4)
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    for p, out, err in launch(TWO, 2, tmp_path/'odd', 5): assert p.returncode != 0 and 'batch_size = 5 cannot be shared by 2 processes' in err
