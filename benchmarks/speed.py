@@ -28,6 +28,7 @@ BETAS = dict(num_train_timesteps=SCHEDULE.T, beta_start=1e-4, beta_end=.02, beta
 CELEBAHQ = dict(sample_size=256, block_out_channels=(128, 128, 256, 256, 512, 512), layers_per_block=2, downsample_padding=0, flip_sin_to_cos=False, freq_shift=1,
                 norm_eps=1e-6, attention_head_dim=None, down_block_types=('DownBlock2D',) * 4 + ('AttnDownBlock2D', 'DownBlock2D'),
                 up_block_types=('UpBlock2D', 'AttnUpBlock2D') + ('UpBlock2D',) * 4)
+PARTS = 'loops', 'peak', 'big', 'tune', 'memory'
 ARROW = {True: 'met', False: 'missed', None: ''}
 
 
@@ -185,6 +186,47 @@ def memory(args, device):
             row('seconds_per_image_10000_over_100', per[10_000] / per[100], None, 'ratio', 1, note='; '.join(f'{n}: {v:.1f} ms' for n, v in per.items()))]
 
 
+TUNE = """
+import resource, sys, time
+import torch, open_clip
+from diffusers import UNet2DModel
+sys.path.insert(0, sys.argv[1])
+from speed import CELEBAHQ
+from diffclip_da.clip import Clip
+from diffclip_da.ddim import step_pairs
+from diffclip_da.finetune import FinetuneConfig, FinetuneLoss, accumulate_gradients
+from diffclip_da.core import new_generator
+from diffclip_da.schedule import linear_schedule
+from diffclip_da.unet import EpsUNet
+torch.manual_seed(0)
+grad, steps, half = sys.argv[2], int(sys.argv[3]), sys.argv[4] == 'bfloat16'
+net = EpsUNet(UNet2DModel(**CELEBAHQ)).eval()
+inner = net.forward
+def forward(x, t):
+    with torch.autocast('cpu', torch.bfloat16, enabled=half): return inner(x, t).float()
+net.forward = forward
+clip = Clip(open_clip.create_model('ViT-B-16', pretrained=None), open_clip.get_tokenizer('ViT-B-16'), dict(name='random', sha256='', provenance='random'))
+cfg = FinetuneConfig(t0=600, n_gen=steps, n_crops=1, grid_weight=0.)
+loss, x, g = FinetuneLoss(clip, None, cfg), torch.randn(1, 3, 256, 256), new_generator(0)
+opt = torch.optim.Adam(net.parameters(), lr=1e-6)
+tic = time.perf_counter()
+accumulate_gradients(net, x, step_pairs(600, steps), linear_schedule(), lambda y: loss(y, x.clamp(-1, 1), g), grad)
+opt.step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, time.perf_counter() - tic)
+"""
+
+
+def tune(args, device):
+    "256 px: peak memory of one fine-tuning update on the CPU, a process for each way; the weights of network, gradient, Adam and ViT-B/16 are in it."
+    rows = []
+    for grad, steps, dtype in (('checkpoint', 2, 'float32'), ('checkpoint', 6, 'float32'), ('checkpoint', 2, 'bfloat16'), ('full', 2, 'float32')):
+        said = subprocess.run([sys.executable, '-c', TUNE, HERE, grad, str(steps), dtype], check=True, capture_output=True, text=True, env=dict(os.environ, DIFFCLIP_QUIET='1')).stdout.split()
+        rows.append(row(f'cpu256_finetune_peak_{grad}_{steps}_{dtype}', float(said[-2]), None, 'GiB of the whole process', 1,
+                        note=f'one update, batch 1, {steps} steps, {grad} gradients, 113.67 M parameters and ViT-B/16, random weights; {float(said[-1]):.0f} s'))
+        print(rows[-1], flush=True)
+    return rows
+
+
 def table(rows) -> str:
     head = '| row | ours | other | ratio | target | runs | unit and remark |\n|---|---|---|---|---|---|---|\n'
     show = lambda v: '' if v is None else f'{v:g}'
@@ -213,7 +255,7 @@ def cpu_name():
 def main(argv=None):
     global DEVICE, DEVICE_KIND
     a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    a.add_argument('--parts', nargs='*', choices=('loops', 'peak', 'big', 'memory'), default=['loops', 'peak', 'big', 'memory'])
+    a.add_argument('--parts', nargs='*', choices=PARTS, default=list(PARTS))
     a.add_argument('--images', type=int, default=64); a.add_argument('--rounds', type=int, default=5)
     a.add_argument('--big-images', type=int, default=1); a.add_argument('--big-steps', type=int, nargs=2, default=(2, 1))
     a.add_argument('--compile', action='store_true', help='torch.compile too')
@@ -222,7 +264,7 @@ def main(argv=None):
     device = default_device()
     DEVICE_KIND = 'gpu' if device.type == 'cuda' else 'cpu'
     DEVICE = torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()
-    parts = dict(loops=lambda: loops(args, device), peak=lambda: peak(device), big=lambda: big(args, device), memory=lambda: memory(args, device))
+    parts = dict(loops=lambda: loops(args, device), peak=lambda: peak(device), big=lambda: big(args, device), tune=lambda: tune(args, device), memory=lambda: memory(args, device))
     for p in args.parts:
         rows = parts[p]()
         save(rows, Path(args.out))
