@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from diffclip_da.adapt import main
-from diffclip_da.align import TEMPLATE, align_faces, find_face, similarity, warp
+from diffclip_da.align import TEMPLATE, align_faces, find_face, fit_similarity, warp
 from diffclip_da.core import UserError
 from diffclip_da.data import image_folder
 from diffclip_da.unet import save_unet, tiny_unet
@@ -31,12 +31,12 @@ def photos(tmp_path, portrait):
 def test_similarity_is_exact_where_one_exists(turn, scale, shift):
     c, s = scale * math.cos(turn), scale * math.sin(turn)
     want = np.array([[c, -s, shift[0]], [s, c, shift[1]]])
-    got = similarity(TEMPLATE, TEMPLATE @ want[:, :2].T + want[:, 2])
+    got = fit_similarity(TEMPLATE, TEMPLATE @ want[:, :2].T + want[:, 2])
     assert np.allclose(got, want)
 
 def test_similarity_never_mirrors():
     mirrored = TEMPLATE * [-1, 1]
-    assert np.linalg.det(similarity(TEMPLATE, mirrored)[:, :2]) >= 0
+    assert np.linalg.det(fit_similarity(TEMPLATE, mirrored)[:, :2]) >= 0
 
 def test_warp_puts_a_marked_point_in_its_place():
     dots, at = np.zeros((300, 400, 3), np.uint8), TEMPLATE * 120 + [100, 60]

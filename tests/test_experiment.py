@@ -138,7 +138,7 @@ def test_profiles_are_the_papers_and_ours():
 def test_every_setting_can_be_overridden(cls):
     names = {f.name: RENAMED[cls].get(f.name, f.name) for f in fields(cls)}
     assert set(names.values()) <= {f.name for f in fields(Profile)}
-    other = {n: {int: 3, float: .5, str: 'finetuned' if n == 'inversion_model' else 'x'}[f.type if isinstance(f.type, type) else eval(f.type)]
+    other = {n: {int: 3, bool: True, float: .5, str: 'finetuned' if n == 'inversion_model' else 'x'}[f.type if isinstance(f.type, type) else eval(f.type)]
              for f in fields(cls) for n in [names[f.name]]}
     got = get_profile('embedded', **other).config(cls)
     assert all(getattr(got, f) == other[n] for f, n in names.items())
