@@ -509,7 +509,8 @@ def compare_records(new:dict, committed:dict) -> pd.DataFrame: # -> metric, new,
     "Whether `new` agrees with `committed` within its tolerances. `UserError` if they are not of the same figure and settings."
     for k in ('figure', 'profile'):
         if new[k] != committed[k]: raise UserError(f'cannot compare: {k} is {new[k]!r} and {committed[k]!r}')
-    a, b = new['config'], committed['config']
+    since = {f.name: f.default for f in fields(Profile)[1:]}   # a record made before a field came had its default
+    a, b = {**since, **new['config']}, {**since, **committed['config']}
     if differ := sorted(k for k in {*a, *b} if a.get(k) != b.get(k)):
         raise UserError('cannot compare, the settings differ: ' + ', '.join(f'{k} = {a.get(k)!r} and {b.get(k)!r}' for k in differ))
     rows = []

@@ -295,3 +295,10 @@ def test_the_clone_is_found_from_its_notebooks(monkeypatch, tmp_path):
     assert (exp.root, exp.figures) == (REPO/'runs', REPO/'figures')
     monkeypatch.chdir(tmp_path)
     assert repo_root() == tmp_path
+
+
+def test_a_record_from_before_a_field_came_can_be_compared():
+    new = dict(figure='figure3', profile='embedded', config=dict(t0=400, compile=False), summary=dict(m=dict(mean=.5)), tolerance=dict(m=.1))
+    old = dict(new, config=dict(t0=400))
+    assert compare_records(new, old).ok.all()
+    with pytest.raises(UserError, match='compile = True and False'): compare_records(dict(new, config=dict(t0=400, compile=True)), old)
