@@ -39,17 +39,16 @@ def ours(model, x0, **fields):
 
 
 @torch.no_grad()
-def diffusers_loop(model, x0, n_inv, n_gen, batch=None, dtype='float32'):
+def diffusers_loop(model, x0, n_inv, n_gen, batch=BATCH):
     "(c): of round(n * T / t0) evenly spaced times those up to t0, as an img2img pipeline takes them; 'trailing', so that both walks meet at t0."
     def walk(scheduler, n, x, down):
         scheduler.set_timesteps(round(n * SCHEDULE.T / T0))
         times = scheduler.timesteps[-n:] if down else scheduler.timesteps[:n]
         for t in times:
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=dtype == 'bfloat16'): eps = model(x, t.to(x.device)).float()
-            x = scheduler.step(eps, t, x).prev_sample
+            x = scheduler.step(model(x, t.to(x.device)), t, x).prev_sample
         return x
     out = []
-    for x in x0.split(batch or BATCH):
+    for x in x0.split(batch):
         z = walk(DDIMInverseScheduler(**BETAS, timestep_spacing='trailing'), n_inv, x.to(model.unet.device), False)
         out.append(walk(DDIMScheduler(**BETAS, timestep_spacing='trailing', set_alpha_to_one=True), n_gen, z, True).cpu())
     return torch.cat(out)
@@ -240,8 +239,8 @@ def save(new, path):
     write_json(path, dict(rows=rows, versions=versions()))
     readme = path.with_name('README.md')
     if not readme.exists(): return
-    before, rest = readme.read_text(encoding='utf-8').split('<!-- table -->\n')[:2]
-    after = readme.read_text(encoding='utf-8').split('<!-- end -->\n')[1]
+    before, rest = readme.read_text(encoding='utf-8').split('<!-- table -->\n')
+    after = rest.split('<!-- end -->\n')[1]
     readme.write_text(f'{before}<!-- table -->\n{table(rows)}<!-- end -->\n{after}', encoding='utf-8')
 
 

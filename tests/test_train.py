@@ -1,6 +1,5 @@
 "Training: learns, resumes bit for bit, refuses what it cannot use"
 import os
-import socket
 import subprocess
 import sys
 
@@ -12,6 +11,7 @@ from diffclip_da.core import UserError
 from diffclip_da.schedule import linear_schedule
 from diffclip_da.train import NanLoss, TrainConfig, TrainState, main, train_diffusion
 from diffclip_da.unet import load_unet, tiny_unet
+from test_adapt import free_port
 
 SCHEDULE = linear_schedule()
 CFG = TrainConfig(n_images=32, batch_size=4, warmup=2, checkpoint_every=3) # 8 steps
@@ -106,11 +106,8 @@ print(len(history))
 
 def launch(script, world, *args):
     "What `accelerate launch --num_processes world` does."
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
     env = {**os.environ, 'DIFFCLIP_QUIET': '1', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'ACCELERATE_USE_CPU': 'true'}
-    if world > 1: env |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
+    if world > 1: env |= dict(WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(free_port()))
     ps = [subprocess.Popen([sys.executable, '-c', script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                            env=env | (dict(RANK=str(r), LOCAL_RANK=str(r)) if world > 1 else {})) for r in range(world)]
     return [(p, *p.communicate(timeout=300)) for p in ps]
