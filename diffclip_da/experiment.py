@@ -275,17 +275,20 @@ def tuned(self:Experiment) -> tuple: # (fine-tuned U-Net, history of its losses)
         self._tuned = tune_once(self.splits['train'], unet, guide, face if cfg.id_weight else None, self.schedule, cfg, p.size, folder)
     return self._tuned
 
-@patch(as_prop=True)
-def adapted(self:Experiment) -> dict: # split -> ImageSet, same ids and labels
-    "All three splits in the target domain."
-    if '_adapted' in self.__dict__: return self._adapted
-    p, unet, tuned, done = self.profile, self.models[0], self.tuned[0], {}
-    cfg = replace(p.config(AdaptConfig), size=p.size)
-    for s, images in self.splits.items():
+@patch
+def adapt_split(self:Experiment, s:str) -> ImageSet: # 'train', 'valid' or 'test'
+    "One split in the target domain, same ids and labels."
+    p, unet, tuned, images, done = self.profile, self.models[0], self.tuned[0], self.splits[s], self.__dict__.setdefault('_adapted', {})
+    if s not in done:
+        cfg = replace(p.config(AdaptConfig), size=p.size)
         with self.stage(f'adapt {s}', describe_run(images, unet, tuned, cfg, self.schedule)['key']) as folder:
             done[s] = adapt(images, unet, tuned, cfg, self.schedule, folder, cache=self.root/p.name/'latents', device=self.device)
-    self._adapted = done
-    return done
+    return done[s]
+
+@patch(as_prop=True)
+def adapted(self:Experiment) -> dict: # split -> ImageSet
+    "All three splits in the target domain."
+    return {s: self.adapt_split(s) for s in self.splits}
 
 # %% ../nbs/15_experiment.ipynb #3f6572eb
 @patch
@@ -293,7 +296,7 @@ def tensors(self:Experiment, split:str, domain:str) -> tuple: # 'train', 'valid'
     "Images [n, 3, size, size] in [-1, 1] and labels [n] of a split."
     if domain not in ('original', 'adapted'): raise UserError(f"domain {domain!r}; there are: original, adapted")
     if (split, domain) not in self._tensors:
-        images = (self.splits if domain == 'original' else self.adapted)[split]
+        images = self.splits[split] if domain == 'original' else self.adapt_split(split)
         self._tensors[split, domain] = images.tensor(images.ids, self.profile.size), images.labels_of(images.ids)
     return self._tensors[split, domain]
 
