@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_NUMBERS', 'RENAMED', 'CHEAP_INVERSION', 'RECIPE', 'PROFILES', 'SPLITS', 'MEASURES', 'WORDS', 'DATASETS',
-           'Profile', 'as_type', 'get_profile', 'given', 'find_celeba', 'repo_root', 'toy_faces', 'load_splits',
-           'toy_models', 'load_guide', 'load_models', 'sources_hash', 'Experiment', 't_interval', 'image_interval',
-           'summarise', 'paired', 'tolerances', 'plot_histories', 'training_figure', 'figure3', 'figure4',
-           'measure_adaptation', 'plot_pairs', 'figure2', 'results_table', 'compare_records', 'experiment_parser',
-           'main']
+           'Profile', 'as_type', 'get_profile', 'given', 'find_celeba', 'repo_root', 'toy_faces', 'whole_sets',
+           'load_splits', 'toy_models', 'load_guide', 'load_models', 'sources_hash', 'Experiment', 't_interval',
+           'image_interval', 'summarise', 'paired', 'tolerances', 'plot_histories', 'training_figure', 'figure3',
+           'figure4', 'measure_adaptation', 'plot_pairs', 'figure2', 'results_table', 'compare_records',
+           'experiment_parser', 'main']
 
 # %% ../nbs/15_experiment.ipynb #4e42de99
 import argparse, contextlib, os, sys, time
@@ -169,14 +169,17 @@ def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px 
     return ImageSet(name, Store(folder), files, labels, ['long hair', 'beard'])
 
 # %% ../nbs/15_experiment.ipynb #c4fc67d6
+def whole_sets(p:Profile, celeba_folder:str='', folder='runs') -> dict: # `folder`: where toy images go
+    "'train', 'valid', 'test' -> all that there is of each split, labelled."
+    if p.dataset == 'toy': return {s: toy_faces(Path(folder)/'toy-faces'/s, 40, k, f'toy-{s}') for k, s in enumerate(SPLITS)}
+    if p.dataset == 'celeba': return {s: celeba(find_celeba(celeba_folder), s, p.attribute) for s in SPLITS}
+    if p.dataset != 'faces': raise UserError(f"dataset = {p.dataset!r}; there are: faces, celeba, toy")
+    if p.attribute != 'Male': raise UserError(f'attribute = {p.attribute!r}: the shipped faces are labelled female and male only; take a CelebA profile')
+    return {s: shipped_faces(s) for s in SPLITS}
+
 def load_splits(p:Profile, celeba_folder:str='', folder='runs') -> dict: # `folder`: where toy images go
     "'train', 'valid', 'test' -> labelled `ImageSet`, disjoint in images and people."
-    if p.dataset == 'toy': whole = {s: toy_faces(Path(folder)/'toy-faces'/s, 40, k, f'toy-{s}') for k, s in enumerate(SPLITS)}
-    elif p.dataset == 'celeba': whole = {s: celeba(find_celeba(celeba_folder), s, p.attribute) for s in SPLITS}
-    elif p.dataset != 'faces': raise UserError(f"dataset = {p.dataset!r}; there are: faces, celeba, toy")
-    elif p.attribute != 'Male': raise UserError(f'attribute = {p.attribute!r}: the shipped faces are labelled female and male only; take a CelebA profile')
-    else: whole = {s: shipped_faces(s) for s in SPLITS}
-    sets = {s: labelled_split(whole[s], getattr(p, f'n_{s}'), p.data_seed, p.balanced) for s in SPLITS}
+    sets = {s: labelled_split(whole, getattr(p, f'n_{s}'), p.data_seed, p.balanced) for s, whole in whole_sets(p, celeba_folder, folder).items()}
     check_splits(*sets.values())
     return sets
 

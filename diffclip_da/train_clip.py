@@ -299,7 +299,7 @@ def make_pool(celeba_root, fs2k_root, cfg:ClipConfig, cache, size=80) -> Pool:
     photos = photos[[grayness(u) > 4 for u in photos]]  # a black and white one is no example of "a colour photo"
     yes, no = (attributes > 0).sum(0), (attributes < 0).sum(0)
     return Pool([x for x, _ in rounds], [s for _, s in rounds], attributes, sketches, photos, torch.tensor(yes / np.maximum(yes + no, 1)).float(),
-                f'{images.name} ({len(images)} photos) in {cfg.rounds} drawings each; fs2k-train ({len(sketches)} sketch and {len(photos)} photo crops, without labels)')
+                f'{images.name} ({len(images)} photos) in {cfg.rounds} drawings each' + (f'; fs2k-train ({len(sketches)} sketch and {len(photos)} photo crops, without labels)' if cfg.n_sketches or cfg.n_photos else ''))
 
 # %% ../nbs/17_train_clip.ipynb #1b6c2603
 def draw_batch(pool:Pool, cfg:ClipConfig, step:int, size=64): # -> x [b, 3, size, size], style [b], attributes [b, A], captions, probed attributes, their texts
@@ -460,7 +460,7 @@ def write_card(folder, files, measured, pool:Pool, cfg:ClipConfig, seconds, comm
         limits=['trained against an adversary of its styles only: as a guide towards a smile or glasses it is weak',
                 'knows faces, the styles of diffclip_da.styles and the words of diffclip_da.train_clip, and nothing else; a prompt has 30 tokens at most',
                 "gender is CelebA's binary label, given by annotators from looks", 'celebrities of CelebA: few old, dark-skinned or veiled faces; accuracy differs between groups',
-                "FS2K's training sketches were seen with style captions, without labels; FS2K's test split was never read",
+                "FS2K's training sketches were seen with style captions, without labels; FS2K's test split was never read" if cfg.n_sketches else 'no hand-drawn sketch was seen',
                 'wall-clock minutes on a machine shared with other work', 'stopped by time, not by convergence: its losses were still falling'], files=files)
     write_json(Path(folder)/'card.json', card)
     return card
@@ -474,16 +474,17 @@ def main(argv=None):
     p.add_argument('--out', required=True, help='folder for the model and its card')
     p.add_argument('--work', default='runs/train_clip', help='folder for drawings and the checkpoint')
     p.add_argument('--threads', type=int, default=0, help="torch's threads; 0: its own choice")
-    for k in ('steps', 'rounds', 'batch_size', 'seed'): p.add_argument(f"--{k.replace('_', '-')}", type=int, default=getattr(ClipConfig, k))
+    for k in ('steps', 'rounds', 'batch_size', 'seed', 'n_sketches', 'n_photos'): p.add_argument(f"--{k.replace('_', '-')}", type=int, default=getattr(ClipConfig, k))
     p.add_argument('--adversary', type=float, default=ClipConfig.adversary, help='length of the adversarial step; 0: none')
     p.add_argument('--bf16', action='store_true', help='encode in bfloat16, where the processor has it')
     a = p.parse_args(argv)
     if a.threads: torch.set_num_threads(a.threads)
-    cfg = ClipConfig(steps=a.steps, rounds=a.rounds, batch_size=a.batch_size, seed=a.seed, adversary=a.adversary, bf16=a.bf16)
+    cfg = ClipConfig(steps=a.steps, rounds=a.rounds, batch_size=a.batch_size, seed=a.seed, n_sketches=a.n_sketches, n_photos=a.n_photos, adversary=a.adversary, bf16=a.bf16)
     pool = make_pool(a.celeba, a.fs2k, cfg, Path(a.work)/'drawings')
     model, _, _, seconds = train_clip(pool, cfg, a.work, log=lambda *s: print(*s, flush=True))
     files = save_clip(model, a.out)
-    command = f'python -m diffclip_da.train_clip --celeba CELEBA --fs2k FS2K --out OUT --steps {cfg.steps} --rounds {cfg.rounds} --seed {cfg.seed} --adversary {cfg.adversary:g}{" --bf16" * cfg.bf16}'
+    command = f'python -m diffclip_da.train_clip --celeba CELEBA --fs2k FS2K --out OUT --steps {cfg.steps} --rounds {cfg.rounds} --seed {cfg.seed} --adversary {cfg.adversary:g}{" --bf16" * cfg.bf16}' + (
+        f' --n-sketches {cfg.n_sketches} --n-photos {cfg.n_photos}' if (cfg.n_sketches, cfg.n_photos) != (ClipConfig.n_sketches, ClipConfig.n_photos) else '')
     card = write_card(a.out, files, measure_clip(load_clip(a.out), a.celeba, a.fs2k), pool, cfg, seconds, command)
     print(card['measured'])
 
