@@ -29,7 +29,7 @@ from scipy import stats
 from torch import nn
 
 import diffclip_da
-from .adapt import AdaptConfig, adapt, describe_run, tune_once
+from .adapt import SHIPPED_RECIPE, AdaptConfig, adapt, describe_run, tune_once
 from .classify import CLASSIFIERS, at_epoch, selected_epoch, train_classifier
 from .clip import Clip, ClipEnsemble, load_clip, zero_shot
 from .core import (COLOURS, UserError, canonical_hash, default_device, friendly_exit, make_record, progress,
@@ -88,11 +88,11 @@ def config(self:Profile, cls):
 # twice six evaluations on the generation's own steps reconstruct better than 40 plain ones (notebook 05)
 CHEAP_INVERSION = dict(n_inv=6, inversion='anderson', n_iter=2)
 # what suits the shipped models: at a higher return step the lines come out thicker, without the identity term faces drift
-RECIPE = dict(t0=400, id_weight=.3, **CHEAP_INVERSION)
+RECIPE = dict(t0=400, n_images=200, passes=8, **SHIPPED_RECIPE, **CHEAP_INVERSION)
 
 PROFILES = {p.name: p for p in (
     Profile('embedded', n_train=400, n_valid=100, n_test=300, seeds=(0, 1, 2, 3, 4), **RECIPE),
-    Profile('celeba64', dataset='celeba', n_valid=100, **RECIPE),
+    Profile('celeba64', dataset='celeba', n_valid=100, seeds=(0, 1, 2, 3, 4), **RECIPE),
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai', embedder='facenet:vggface2',
             t0=601, id_weight=.3, grid_weight=0., tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
     Profile('toy', dataset='toy', size=16, n_train=24, n_valid=12, n_test=16, balanced=True, unet='toy', clip='toy', embedder='toy', t0=200,
@@ -127,9 +127,9 @@ def get_profile(name:str, **overrides # fields of `Profile`; None keeps the prof
     if p.classifier not in CLASSIFIERS: raise UserError(f"classifier = {p.classifier!r}; there are: {', '.join(CLASSIFIERS)}")
     return p
 
-def given(namespace:dict) -> dict:
-    "A notebook's parameters: every plain value in its `globals()` but for `profile` and `celeba`, so that a misspelt one is noticed."
-    return {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('profile', 'celeba')
+def given(namespace:dict, *own:str) -> dict: # `own`: parameters that are no field of a profile
+    "A notebook's parameters: every plain value in its `globals()` but for the folders, `profile` and its `own`, so that a misspelt one is noticed."
+    return {k: v for k, v in namespace.items() if not k.startswith('_') and k not in ('profile', 'celeba', 'fs2k', *own)
             and (v is None or isinstance(v, (bool, int, float, str, list, tuple))) and k not in ('In', 'Out')}
 
 # %% ../nbs/15_experiment.ipynb #c9ab0c45

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['WHERE', 'GROUPS', 'PROMPTS', 'GROUP_ATTRIBUTES', 'CHAPTERS', 'finish', 'variant', 'seeds_of', 'entry', 'figure23',
-           'plot_targets', 'fig_mean_faces', 'figure24', 'plot_methods', 'lean', 'figure25', 'few', 'plot_sweeps',
+           'plot_targets', 'plot_mean_faces', 'figure24', 'plot_methods', 'lean', 'figure25', 'few', 'plot_sweeps',
            'figure26', 'plot_prompts', 'embed_all', 'attribute_table', 'judge_attributes', 'figure27', 'load_judge',
-           'subgroup_errors', 'plot_losses', 'figure28', 'plot_scripts', 'figure29', 'percent', 'markdown_table',
-           'baseline_section', 'plain_section', 'write_results', 'main']
+           'subgroup_errors', 'plot_losses', 'figure28', 'plot_scripts', 'figure29', 'summary_table', 'percent',
+           'markdown_table', 'baseline_section', 'plain_section', 'write_results', 'main']
 
 # %% ../nbs/15d_results.ipynb #0f01d17b
 import argparse, sys
@@ -48,7 +48,7 @@ WHERE = dict(fs2k='FS2K, hand-drawn sketches', pencil='a pencil filter (stand-in
 
 def variant(ev:Evaluation, **fields) -> Evaluation: # fields of `Profile`
     "The same data and target with another recipe; caches are shared."
-    old, exp = ev.exp, None
+    old = ev.exp
     p = replace(old.profile, **fields)
     same = all(getattr(p, k) == getattr(old.profile, k) for k in ('n_train', 'n_valid', 'n_test', 'data_seed', 'balanced', 'attribute'))
     exp = Experiment(p, old.root, old.figures, old.celeba, sets=old.splits if same else None, device=old.device)
@@ -74,10 +74,9 @@ def figure23(ev:Evaluation, prompt='charcoal drawing', tune_seed=1) -> tuple: # 
     rows = pd.concat([pd.DataFrame(ev.answer(m, s, tests)['history']).assign(trained_on=m, seed=s) for m in ('source_only', 'adapted') for s in p.seeds], ignore_index=True)
     last = rows[rows.epoch == rows.epoch.max()]
     summary = {f'{m}/{k}/{c}': entry(g[c]) for (m, k), g in last[last.split.isin(tests)].groupby(['trained_on', 'split'], sort=False) for c in ('accuracy', 'balanced_accuracy', 'auroc')}
-    fig, faces = plot_targets(rows[rows.split.isin(tests)], len(p.seeds)), fig_mean_faces
-    means = {**{k: x.mean(0) for k, (x, _) in tests.items()}}
-    faces(fig[1], means)
-    return finish(ev, 'figure23', fig[0], dict(mean_brightness={k: float((v.mean() + 1) / 2) for k, v in means.items()}), summary, rows)
+    (fig, bottom), means = plot_targets(rows[rows.split.isin(tests)], len(p.seeds)), {k: x.mean(0) for k, (x, _) in tests.items()}
+    plot_mean_faces(bottom, means)
+    return finish(ev, 'figure23', fig, dict(mean_brightness={k: float((v.mean() + 1) / 2) for k, v in means.items()}), summary, rows)
 
 def plot_targets(rows:pd.DataFrame, n_seeds:int) -> tuple: # -> (figure, the sub-figure for mean faces)
     "Two panels of accuracies with room for pictures below."
@@ -92,7 +91,7 @@ def plot_targets(rows:pd.DataFrame, n_seeds:int) -> tuple: # -> (figure, the sub
         ax.set_title(title); ax.legend(title='tested on')
     return fig, bottom
 
-def fig_mean_faces(sub, means:dict): # a sub-figure; name -> [3, h, w]
+def plot_mean_faces(sub, means:dict): # a sub-figure; name -> [3, h, w]
     "One mean picture for each test set."
     for ax, (k, v) in zip(sub.subplots(1, len(means)), means.items()):
         ax.imshow(((v + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='lanczos')
@@ -127,12 +126,12 @@ def plot_methods(rows:pd.DataFrame, tests) -> plt.Figure:
     return fig
 
 # %% ../nbs/15d_results.ipynb #516773ca
-def lean(ev:Evaluation, n_train=300, n_test=100, n_seeds=3, **fields) -> Evaluation:
-    "A cheaper version for sweeps: fewer labelled photos, test photos and seeds."
+def lean(ev:Evaluation, n_train=300, n_test=100, n_seeds=3, n_images=100, **fields) -> Evaluation:
+    "A cheaper version for sweeps: fewer labelled photos, images for fine-tuning, test photos and seeds."
     p = ev.exp.profile
-    return variant(ev, n_train=min(n_train, p.n_train), n_valid=min(50, p.n_valid), n_test=min(n_test, p.n_test), seeds=p.seeds[:n_seeds], **fields)
+    return variant(ev, n_train=min(n_train, p.n_train), n_valid=min(50, p.n_valid), n_test=min(n_test, p.n_test), n_images=min(n_images, p.n_images), seeds=p.seeds[:n_seeds], **fields)
 
-def figure25(ev:Evaluation, n_train=(50, 100, 300, 1200), n_images=(5, 20, 50), n_gen=(3, 12), t0=(300, 500)) -> tuple:
+def figure25(ev:Evaluation, n_train=(50, 100, 300, 1200), n_images=(5, 20, 50, 200), n_gen=(3, 12), t0=(300, 500)) -> tuple:
     "Figure 25: labelled photos, images for fine-tuning, steps and return step."
     p, rows, summary = ev.exp.profile, [], {}
     base = lean(ev)
@@ -145,9 +144,8 @@ def figure25(ev:Evaluation, n_train=(50, 100, 300, 1200), n_images=(5, 20, 50), 
     sizes = sorted({min(n, p.n_train) for n in n_train})
     for n in sizes: add('labelled photos', n, few(base if n <= base.exp.profile.n_train else lean(ev, n_train=n), n), ('source_only', 'adapted'))
     for name, field, values in (('images for fine-tuning', 'n_images', n_images), ('generation steps', 'n_gen', n_gen), ('return step t0', 't0', t0)):
-        for v in sorted({*values, getattr(p, field)}):
-            if name == 'images for fine-tuning' and v > base.exp.profile.n_train: continue
-            add(name, v, lean(ev, **{field: v}))
+        most = p.n_images if field == 'n_images' else p.t0 if field == 'n_gen' else ev.exp.schedule.T - 1
+        for v in sorted({min(v, most) for v in (*values, getattr(base.exp.profile, field))}): add(name, v, lean(ev, **{field: v}))
     table = pd.DataFrame(rows)
     return finish(ev, 'figure25', plot_sweeps(table, ev.name), {}, summary, table)
 
@@ -181,9 +179,10 @@ def plot_sweeps(table:pd.DataFrame, target:str) -> plt.Figure:
 # %% ../nbs/15d_results.ipynb #2d646951
 PROMPTS = ('sketch', 'pencil drawing', 'pencil sketch', 'charcoal portrait', 'line art', 'black and white photo', 'cartoon', 'watercolour painting', 'oil painting', 'an old photograph')
 
-def figure26(ev:Evaluation, prompts=PROMPTS) -> tuple:
+def figure26(ev:Evaluation, prompts:str='') -> tuple: # separated by semicolons; '': `PROMPTS`
     "Figure 26: the target's name put in ten ways: accuracy against the prompt's similarity to 'sketch'."
     clip, rows, summary = ev.exp.models[1], [], {}
+    prompts = [q.strip() for q in prompts.split(';') if q.strip()] or list(PROMPTS)
     with torch.no_grad(): close = (clip.encode_text(list(prompts)) @ clip.encode_text(['sketch'])[0]).tolist()
     base = lean(ev)
     plain = seeds_of(base, 'source_only', ev.name)
@@ -320,24 +319,23 @@ def figure28(ev:Evaluation, n_gen=(6, 40)) -> tuple:
     rows, summary, pictures, guide, face = [], {}, {}, *ev.exp.models[1:]
     base = lean(ev)
     before, y = base.exp.tensors('test', 'original')
-    with torch.no_grad():
-        clip_before, delta = guide.encode_image(before), text_direction(guide, ev.exp.profile.source, ev.exp.profile.target)
-        for model in ('pretrained', 'finetuned'):
-            for n in n_gen:
-                e = variant(base, inversion_model=model)
-                e.exp._tuned = base.exp.tuned                       # one fine-tuned network for all four
-                object.__setattr__(e.exp, 'profile', replace(e.exp.profile, n_gen=n))
-                after = e.exp.tensors('test', 'adapted')[0]
-                pictures[f'{model}, {n} steps'] = after
+    with torch.no_grad(): clip_before, delta = guide.encode_image(before), text_direction(guide, ev.exp.profile.source, ev.exp.profile.target)
+    for model in ('pretrained', 'finetuned'):
+        for n in n_gen:
+            e = variant(base, inversion_model=model)
+            e.exp._tuned = base.exp.tuned                       # one fine-tuned network for all four
+            e.exp.profile = replace(e.exp.profile, n_gen=n)
+            after = e.exp.tensors('test', 'adapted')[0]
+            pictures[f'{model}, {n} steps'] = after
+            with torch.no_grad():
                 cos = torch.cosine_similarity(guide.encode_image(after) - clip_before, delta[None])
                 same = (face.embed(before) * face.embed(after)).sum(1)
-                name = f'{model}_{n}'
-                for m, v in dict(direction=cos, identity_cosine=same, change=(after - before).abs().mean((1, 2, 3)) / 2).items():
-                    summary[f'{name}/{m}'] = dict(t_interval(v.double().numpy()), n_seeds=1, interval='Student, 95 %, over the test images')
-                for k in ('adapted', ev.name):
-                    v = seeds_of(e, 'adapted', k)
-                    summary[f'{name}/{k}/balanced_accuracy'] = entry(v)
-                    rows += [dict(inversion=model, n_gen=n, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v)]
+            for m, v in dict(direction=cos, identity_cosine=same, change=(after - before).abs().mean((1, 2, 3)) / 2).items():
+                summary[f'{model}_{n}/{m}'] = dict(t_interval(v.double().numpy()), n_seeds=1, interval='Student, 95 %, over the test images')
+            for k in ('adapted', ev.name):
+                v = seeds_of(e, 'adapted', k)
+                summary[f'{model}_{n}/{k}/balanced_accuracy'] = entry(v)
+                rows += [dict(inversion=model, n_gen=n, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v)]
     return finish(ev, 'figure28', plot_scripts(before, pictures, summary, ev.name), {}, summary, pd.DataFrame(rows))
 
 def plot_scripts(before, pictures:dict, summary:dict, target:str, n=9) -> plt.Figure: # [m, 3, h, w]; name -> [m, 3, h, w]
@@ -376,6 +374,13 @@ def figure29(ev:Evaluation, other:str) -> tuple: # folder of a CLIP that never s
         for one, v in zip(row, x): one.imshow(((v + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='lanczos'); one.axis('off')
         row[0].set_title(name, fontsize=8, loc='left')
     return finish(ev, 'figure29', fig, dict(other_sha256=both['guide that saw no sketch'].exp.models[1].info['sha256']), summary, table)
+
+# %% ../nbs/15d_results.ipynb #21858d65
+def summary_table(record:dict) -> pd.DataFrame: # what a notebook shows under its figure
+    "A record's summary, one row each, with the interval."
+    rows = [{'': k.replace('_', ' '), 'mean': s['mean'], 'low': (s.get('ci95') or [None])[0], 'high': (s.get('ci95') or [None, None])[1], 'n_seeds': s['n_seeds']}
+            for k, s in record['summary'].items() if not k.endswith(('/accuracy', '/auroc'))]
+    return pd.DataFrame(rows).set_index('').round(3)
 
 # %% ../nbs/15d_results.ipynb #388c497a
 def percent(s:dict|None, digits=1) -> str: # a summary entry

@@ -127,7 +127,7 @@ def test_own_images(tmp_path):
 
 def test_profiles_are_the_papers_and_ours():
     e, c, p = (PROFILES[k] for k in ('embedded', 'celeba64', 'paper'))
-    assert (e.n_train, e.n_valid, e.n_test, e.n_inv, e.n_gen, e.n_images) == (400, 100, 300, 6, 6, 50)
+    assert (e.n_train, e.n_valid, e.n_test, e.n_inv, e.n_gen, e.n_images) == (400, 100, 300, 6, 6, 200)
     assert (c.n_train, c.n_valid, c.n_test, c.n_inv, c.n_gen, c.source, c.target) == (1200, 100, 300, 6, 6, 'photo', 'sketch')
     assert (c.inversion, c.n_iter) == (e.inversion, e.n_iter) == ('anderson', 2)
     assert (p.size, p.t0, p.n_inv, p.n_gen, p.clip, p.embedder) == (256, 601, 40, 6, 'ViT-B-16/openai', 'facenet:vggface2')
