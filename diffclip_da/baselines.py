@@ -12,13 +12,15 @@ __all__ = ['METHODS', 'STRONG', 'Task', 'Method', 'method', 'cnn', 'majority', '
 
 # %% ../nbs/15b_baselines.ipynb #50107b3a
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from torchvision.transforms import v2
 
@@ -282,8 +284,8 @@ def clip_features(clip, x): # [n, 3, h, w] -> [n, d], unit length
     return torch.cat([clip.encode_image(b) for b in x.split(256)])
 
 def probe(clip, z, y): # features [n, d], labels -> predict
-    "Logistic regression on the guide's features."
-    head = LogisticRegression(max_iter=2000).fit(z.numpy(), np.asarray(y))
+    "Logistic regression on the guide's features, each scaled to unit variance."
+    head = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(z.numpy(), np.asarray(y))
     return lambda x: torch.from_numpy(head.predict_proba(clip_features(clip, x).numpy())[:, 1]).float()
 
 @method('clip', seeded=False)

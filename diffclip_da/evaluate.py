@@ -7,29 +7,25 @@ __all__ = ['ROLES', 'HELD_OUT', 'draw_set', 'find_fs2k', 'check_roles', 'Evaluat
            'closed']
 
 # %% ../nbs/15c_evaluate.ipynb #51cdef1a
-import argparse, os, sys
+import copy, os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-import seaborn as sns
 import torch
 from fastcore.basics import patch
 from PIL import Image
 from scipy import stats
-from sklearn.linear_model import LogisticRegression
 
 from .adapt import AdaptConfig, adapt, describe_run
 from .baselines import METHODS, Task
-from .classify import at_epoch, score
-from .core import COLOURS, UserError, atomic_write, canonical_hash, friendly_exit, progress, read_json, save_figure, set_style, write_json
-from .data import ImageSet, Store, fs2k, read_attribute
-from .experiment import MEASURES, SPLITS, Experiment, find_celeba, get_profile, image_interval, load_guide, repo_root, sources_hash, t_interval, tolerances, whole_sets
+from .classify import score
+from .core import UserError, atomic_write, canonical_hash, read_json, write_json
+from .data import ImageSet, Store, fs2k
+from .experiment import MEASURES, SPLITS, Experiment, image_interval, repo_root, sources_hash, t_interval, whole_sets
 from .finetune import tensor_hash, weights_hash
-from .losses import text_direction
 from .styles import render
 
 # %% ../nbs/15c_evaluate.ipynb #33a8712a
@@ -116,7 +112,7 @@ def task(self:Evaluation, fields=('adapted', 'control', 'drawn', 'target', 'orac
     "What methods may look at, on the CPU. No test picture is in it."
     exp, p = self.exp, self.exp.profile
     make = dict(adapted=lambda: exp.tensors('train', 'adapted'), control=lambda: self.tensors_of(self.control()), target=lambda: self.tensors_of(self.target['train'])[0],
-                oracle=lambda: self.tensors_of(self.target['train']), clip=lambda: exp.models[1].cpu(),
+                oracle=lambda: self.tensors_of(self.target['train']), clip=lambda: copy.deepcopy(exp.models[1]).cpu(),
                 drawn=lambda: self.tensors_of(draw_set(exp.splits['train'], 'pencil', exp.root/p.name/f"pencil-source-{canonical_hash([exp.splits['train'].ids, p.size])}", p.size)))
     if not hasattr(self, '_parts'): self._parts = {}
     for f in fields:

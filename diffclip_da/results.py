@@ -21,13 +21,13 @@ import seaborn as sns
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from .baselines import METHODS, cnn
+from .baselines import METHODS
 from .classify import score
-from .core import COLOURS, UserError, atomic_write, canonical_hash, friendly_exit, read_json, save_figure, set_style, write_json
+from .core import COLOURS, UserError, atomic_write, canonical_hash, friendly_exit, read_json, save_figure, set_style
 from .data import ImageSet, read_attribute
 from .evaluate import Evaluation, closed, draw_set, group_of, recalls
-from .experiment import Experiment, find_celeba, load_guide, repo_root, sources_hash, t_interval, tolerances
-from .finetune import tensor_hash
+from .experiment import Experiment, find_celeba, repo_root, t_interval, tolerances
+from .finetune import device_of
 from .identity import load_embedder
 from .losses import text_direction
 
@@ -120,7 +120,7 @@ def plot_methods(rows:pd.DataFrame, tests) -> plt.Figure:
             if pd.notna(v.low): ax.plot([v.low, v.high], [j, j], color=GROUPS[v.sees], lw=2, alpha=.5)
             ax.plot(v['mean'], j, 'o', color=GROUPS[v.sees])
         ax.axvline(.5, ls='--', lw=1, color=COLOURS['other'])
-        ax.set(title=f'tested on {k}', xlabel='balanced accuracy', yticks=range(len(order)), yticklabels=[m.replace('_', ' ') for m in order])
+        ax.set(title=f'tested on {k}', xlabel='balanced accuracy', xlim=(min(.4, r['mean'].min() - .02), 1.02), yticks=range(len(order)), yticklabels=[m.replace('_', ' ') for m in order])
     handles = [plt.Line2D([], [], marker='o', ls='', color=c, label=g) for g, c in GROUPS.items()]
     axs[0].legend(handles=handles, title='sees of the target', loc='lower left', fontsize=8)
     return fig
@@ -219,7 +219,7 @@ def plot_prompts(table, plain:float, strip, target:str) -> plt.Figure: # source 
 # %% ../nbs/15d_results.ipynb #3915d397
 def embed_all(embedder, x): # [n, 3, h, w] -> [n, d] numpy
     "Face features in batches."
-    with torch.no_grad(): return torch.cat([embedder.embed(b).cpu() for b in x.split(256)]).double().numpy()
+    with torch.no_grad(): return torch.cat([embedder.embed(b.to(device_of(embedder))).cpu() for b in x.split(256)]).double().numpy()
 
 def attribute_table(ev:Evaluation, images:ImageSet) -> pd.DataFrame: # index id, one column for each attribute, 0 or 1
     "CelebA's forty attributes, or for other data the label alone."
@@ -319,7 +319,8 @@ def figure28(ev:Evaluation, n_gen=(6, 40)) -> tuple:
     rows, summary, pictures, guide, face = [], {}, {}, *ev.exp.models[1:]
     base = lean(ev)
     before, y = base.exp.tensors('test', 'original')
-    with torch.no_grad(): clip_before, delta = guide.encode_image(before), text_direction(guide, ev.exp.profile.source, ev.exp.profile.target)
+    device = ev.exp.device
+    with torch.no_grad(): clip_before, delta = guide.encode_image(before.to(device)), text_direction(guide, ev.exp.profile.source, ev.exp.profile.target)
     for model in ('pretrained', 'finetuned'):
         for n in n_gen:
             e = variant(base, inversion_model=model)
@@ -328,10 +329,10 @@ def figure28(ev:Evaluation, n_gen=(6, 40)) -> tuple:
             after = e.exp.tensors('test', 'adapted')[0]
             pictures[f'{model}, {n} steps'] = after
             with torch.no_grad():
-                cos = torch.cosine_similarity(guide.encode_image(after) - clip_before, delta[None])
-                same = (face.embed(before) * face.embed(after)).sum(1)
+                cos = torch.cosine_similarity(guide.encode_image(after.to(device)) - clip_before, delta[None])
+                same = (face.embed(before.to(device)) * face.embed(after.to(device))).sum(1)
             for m, v in dict(direction=cos, identity_cosine=same, change=(after - before).abs().mean((1, 2, 3)) / 2).items():
-                summary[f'{model}_{n}/{m}'] = dict(t_interval(v.double().numpy()), n_seeds=1, interval='Student, 95 %, over the test images')
+                summary[f'{model}_{n}/{m}'] = dict(t_interval(v.double().cpu().numpy()), n_seeds=1, interval='Student, 95 %, over the test images')
             for k in ('adapted', ev.name):
                 v = seeds_of(e, 'adapted', k)
                 summary[f'{model}_{n}/{k}/balanced_accuracy'] = entry(v)

@@ -1,0 +1,187 @@
+"An evaluation that a reviewer would accept: roles of pictures, intervals, stored answers, and the committed records."
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from sklearn.metrics import balanced_accuracy_score
+
+from conftest import encoded, picture, write_celeba
+from diffclip_da.baselines import METHODS
+from diffclip_da.core import UserError, write_json
+from diffclip_da.data import ImageSet, Store, celeba, fs2k
+from diffclip_da.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, paired_bootstrap, recalls
+from diffclip_da.experiment import Experiment, get_profile
+
+ROOT = Path(__file__).parents[1]
+
+
+def write_fs2k(root, n=6):
+    "FS2K's layout in small: `n` pairs of each split."
+    rows = []
+    for split in ('train', 'test'):
+        for k in range(n):
+            i = f'{split}/photo{1 if split == "train" else 2}/image{k:04}'
+            rows.append(dict(photo=f'photo/photo{1 if split == "train" else 2}/image{k:04}.jpg', sketch=f'sketch/sketch{1 if split == "train" else 2}/sketch{k:04}.jpg',
+                             gender='female' if k % 2 else 'male', style=0, split=split))
+            for kind in ('photo', 'sketch'):
+                f = root/rows[-1][kind]
+                f.parent.mkdir(parents=True, exist_ok=True)
+                f.write_bytes(encoded(picture(k + 50 * (split == 'test') + 100 * (kind == 'sketch'), (64, 64))))
+    (root/'annotations.json').write_text(json.dumps(rows))
+    return root
+
+
+@pytest.fixture
+def toy(tmp_path): return Evaluation(Experiment(get_profile('toy', seeds='0,1', epochs=1), tmp_path/'runs', tmp_path/'figures', device='cpu'))
+
+
+@pytest.fixture
+def real(tmp_path):
+    "The celeba profile on miniatures of both data sets, with toy networks."
+    p = get_profile('toy', dataset='celeba', n_train=8, n_valid=4, n_test=4, seeds='0')
+    return Evaluation(Experiment(p, tmp_path/'runs', tmp_path/'figures', str(write_celeba(tmp_path/'celeba')), device='cpu'), str(write_fs2k(tmp_path/'fs2k')))
+
+
+def test_manifest_of_real_data(real):
+    m = real.manifest()
+    assert set(m.role) == {'train', 'select', 'unlabelled', 'oracle', 'test'} and real.name == 'fs2k'
+    celeba_test, fs2k_test = set(celeba(real.exp.celeba, 'test').ids), set(fs2k(real.fs2k, 'test', 'sketch').ids)
+    for r, g in m.groupby('role'): assert (set(g.id) <= celeba_test | fs2k_test) == (r == 'test'), r
+    assert len(m[m.role == 'test']) == 4 + 6
+
+
+def test_what_methods_get_holds_no_test_picture(real):
+    "The pictures themselves, not what the table says of them."
+    t = real.task()
+    given = [v for f in ('source', 'source_valid', 'adapted', 'control', 'drawn', 'oracle') for v in getattr(t, f)[0]] + list(t.target)
+    for x, _ in (real.tests()['fs2k'], real.tests()['original'], real.tests()['adapted']):
+        for v in x: assert all((v - g).abs().max() > 1e-3 for g in given)
+
+
+def rows(**changes):
+    return pd.DataFrame(dict(role=['train', 'select', 'test'], set='s', split=['train', 'valid', 'test'], id=['a', 'b', 'c'], sha256=['1', '2', '3']) | changes)
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(id=['a', 'c', 'c']), '1 test pictures are also used as select, for instance c'), (dict(sha256=['3', '2', '3']), 'also used as train'),
+    (dict(split=['test', 'valid', 'test']), '1 pictures of a test split are used as train, for instance a'), (dict(split=['train', 'valid', 'valid']), 'not of a test split'),
+    (dict(role=['train', 'tune', 'test']), "role 'tune' is none of"), (dict(role=['train', 'select', 'train']), 'no test pictures')])
+def test_roles_are_checked(changes, message):
+    check_roles(rows())
+    with pytest.raises(UserError, match=re.escape(message)): check_roles(rows(**changes))
+
+
+def test_a_leak_stops_everything(tmp_path, toy):
+    test = toy.exp.splits['test']
+    leak = Evaluation(toy.exp, target=dict(train=test, test=draw_set(test, 'pencil', tmp_path/'p', 16)))
+    with pytest.raises(UserError, match='16 test pictures are also used as oracle, unlabelled'): leak.manifest()
+
+
+def test_answers_are_found_again_and_made_anew_when_something_changes(toy, monkeypatch, capsys):
+    first = toy.answer('adapted', 0)
+    assert set(first['p']) == {'original', 'adapted', 'pencil'} and len(first['history']['epoch']) == 5   # train, valid, three tests
+    monkeypatch.setattr(METHODS['adapted'], 'fit', lambda *a: pytest.fail('trained again'))
+    assert toy.answer('adapted', 0) == first
+    with pytest.raises(pytest.fail.Exception, match='trained again'): toy.answer('adapted', 1)
+    toy.exp.profile = get_profile('toy', seeds='0,1', epochs=2)
+    with pytest.raises(pytest.fail.Exception, match='trained again'): toy.answer('adapted', 0)
+
+
+def test_stopped_in_the_middle_goes_on(toy, monkeypatch):
+    class Stop(Exception): pass
+    def stop(*a): raise Stop
+    names = ('source_only', 'grayscale', 'oracle')
+    keep = METHODS['oracle'].fit
+    monkeypatch.setattr(METHODS['oracle'], 'fit', stop)
+    with pytest.raises(Stop): toy.compare(names)
+    made = sorted(p.parent.name for p in toy.exp.root.glob('toy/*/answer.json'))
+    assert len(made) == 4
+    monkeypatch.setattr(METHODS['oracle'], 'fit', keep)
+    monkeypatch.setattr(METHODS['source_only'], 'fit', lambda *a: pytest.fail('trained again'))
+    assert len(toy.compare(names)) == 3 * 3 * 3 + 2 * 3
+
+
+def test_deterministic_methods_are_asked_once(toy):
+    s = toy.compare(('source_only', 'clip_zero_shot'))
+    assert s['clip_zero_shot/pencil/accuracy']['n_seeds'] == 1 and s['source_only/pencil/accuracy']['n_seeds'] == 2
+    with pytest.raises(UserError, match='source_only is what the others are compared with'): toy.compare(('adapted',))
+
+
+def test_summary_is_scikit_learns(toy):
+    s, (_, y) = toy.compare(('source_only', 'adapted')), toy.tests()['pencil']
+    want = [balanced_accuracy_score(y, np.array(toy.answer('adapted', k)['p']['pencil']) > .5) for k in (0, 1)]
+    assert s['adapted/pencil/balanced_accuracy']['values'] == pytest.approx(want)
+    base = [balanced_accuracy_score(y, np.array(toy.answer('source_only', k)['p']['pencil']) > .5) for k in (0, 1)]
+    assert s['adapted_minus_source_only/pencil/balanced_accuracy']['mean'] == pytest.approx(np.mean(want) - np.mean(base))
+    assert closed({f'{m}/t/balanced_accuracy': dict(mean=v) for m, v in dict(source_only=.6, a=.7, oracle=.8).items()}, 'a', 't') == pytest.approx(.5)
+
+
+def test_recalls_are_balanced_accuracy():
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 2, (2, 50))
+    assert recalls(y == p, y) == pytest.approx(balanced_accuracy_score(y, p))
+
+
+def test_bootstrap_covers_what_it_should():
+    "Over many draws of the test set the interval holds the true difference about 95 times in 100."
+    held = 0
+    for k in range(60):
+        rng = np.random.default_rng(k)
+        y = rng.integers(0, 2, 200)
+        a, b = (np.where(rng.random((2, 200)) < s, y, 1 - y) for s in (.8, .7))
+        lo, hi = paired_bootstrap(y, a, b, n_resamples=400)['ci95']
+        held += lo <= .1 <= hi
+    assert held >= 52
+
+
+def test_drawings_are_the_same_each_time(toy, tmp_path):
+    images = toy.exp.splits['test']
+    a, b = (draw_set(images, 'pencil', tmp_path/n, 16) for n in 'ab')
+    assert torch.equal(a.tensor(a.ids, 16), b.tensor(b.ids, 16)) and a.labels_of(a.ids).tolist() == images.labels_of(images.ids).tolist()
+    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path/'a').iterdir()}
+    draw_set(images, 'pencil', tmp_path/'a', 16)
+    assert {p.name: p.stat().st_mtime_ns for p in (tmp_path/'a').iterdir()} == before
+
+
+def test_missing_fs2k_says_what_to_do(monkeypatch, tmp_path):
+    monkeypatch.delenv('FS2K', raising=False)
+    with pytest.raises(UserError, match='hand-drawn sketches are needed. Fetch FS2K from'): find_fs2k()
+    with pytest.raises(UserError, match='FS2K is not at nowhere'): find_fs2k('nowhere')
+    monkeypatch.setenv('FS2K', str(tmp_path))
+    assert find_fs2k() == tmp_path
+
+
+def test_groups_say_what_is_seen():
+    assert {group_of(m) for m in ('source_only', 'grayscale', 'pencil_filter', 'control_reconstruction')} == {'source only'}
+    assert (group_of('adapted'), group_of('dann'), group_of('clip_zero_shot'), group_of('oracle')) == ('words', 'target pictures', 'the guide', 'target labels')
+
+
+MANIFESTS = sorted((ROOT/'figures').glob('*/manifest.csv'))
+
+
+def test_there_are_manifests(): assert {p.parent.name for p in MANIFESTS} >= {'celeba64'}
+
+
+@pytest.mark.parametrize('path', MANIFESTS, ids=lambda p: p.parent.name)
+def test_committed_runs_never_touched_a_test_picture(path):
+    m = pd.read_csv(path, dtype=str)
+    check_roles(m)
+    assert len(m[m.role == 'oracle']) and len(m[m.role == 'test']) >= 300
+
+
+def test_committed_baselines():
+    r = json.loads((ROOT/'figures/celeba64/figure24.json').read_text())
+    s, seeds = r['summary'], r['seeds']
+    assert len(seeds) >= 5
+    for m in METHODS:
+        for t in ('original', 'adapted', 'fs2k'):
+            e = s[f'{m}/{t}/balanced_accuracy']
+            assert e['n_seeds'] == (len(seeds) if METHODS[m].seeded else 1) and 'over' in e['interval']
+            assert (e['ci95'] is None) == (e['n_seeds'] == 1)
+        if m != 'source_only': assert 'bootstrap' in s[f'{m}_minus_source_only/fs2k/balanced_accuracy']['interval']
