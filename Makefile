@@ -4,13 +4,15 @@ PROFILE ?= embedded
 CELEBA  ?=
 FS2K    ?=
 OUT     ?= runs/assets
+JUDGE   ?=
+OTHER   ?= $(wildcard runs/guide/clip)
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 # papermill -p takes KEY VALUE: e.g. make figures ARGS="-p n_inv 40"
 ARGS    ?=
 
-.PHONY: help install figures test check lab assets verify wheel bench tidy clean
+.PHONY: help install figures results guide test check lab assets verify wheel bench tidy clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +32,23 @@ figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELE
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(ARGS) || exit 1; \
 	done
 	@ls figures/$(PROFILE)/*.png
+
+results: $(STAMP) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, JUDGE=file, OTHER=folder of a second guide)
+	@mkdir -p runs/$(PROFILE)
+	@for n in 23 24 25 26 27 28 $(if $(OTHER),29); do \
+	  case $$n in \
+	    27) set -- $(if $(JUDGE),-p judge "$(abspath $(JUDGE))");; \
+	    29) set -- -p other "$(abspath $(OTHER))";; \
+	    *) set --;; \
+	  esac; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
+	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(if $(FS2K),-p fs2k "$(abspath $(FS2K))") "$$@" $(ARGS) || exit 1; \
+	done
+	$(BIN)/python -m diffclip_da.results $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
+
+guide: $(STAMP) ## a second guide that never saw a hand-drawn sketch, for Figure 29: CELEBA=folder FS2K=folder, into runs/guide
+	@test -n "$(CELEBA)" -a -n "$(FS2K)" || { echo "give CELEBA=folder FS2K=folder (FS2K only measures the result)"; exit 2; }
+	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out runs/guide/clip --work runs/guide/train --n-sketches 0 --n-photos 0
 
 test: $(STAMP) ## every notebook (nbdev_test), then the test suite
 	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 $(BIN)/nbdev_test --n_workers 2

@@ -1,0 +1,112 @@
+"Figures 23 to 29 in small on the shipped assets, as papermill runs them, and the page made from records."
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffclip_da import experiment
+from diffclip_da.baselines import METHODS
+from diffclip_da.core import UserError, read_json
+from diffclip_da.data import shipped_faces
+from diffclip_da.evaluate import check_roles
+from diffclip_da.experiment import Experiment, get_profile, given
+from diffclip_da.results import CHAPTERS, GROUPS, PROMPTS, baseline_section, few, finish, lean, main, percent, variant, write_results
+from diffclip_da.evaluate import Evaluation, group_of
+
+ROOT = Path(__file__).parents[1]
+SMALL = dict(profile='embedded', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
+OWN = {23: {}, 24: {}, 25: dict(sizes='20,40', tuned_on='2', steps='3', returns='300'), 26: dict(prompts='sketch; cartoon'), 27: {}, 28: dict(steps='3,6'),
+       29: dict(other=str(ROOT/'diffclip_da/assets/clip'))}
+PARAMETERS = {23: {'prompt'}, 24: set(), 25: {'sizes', 'tuned_on', 'steps', 'returns'}, 26: {'prompts'}, 27: {'judge'}, 28: {'steps'}, 29: {'other'}}
+
+
+def code_of(n): return [c for c in read_json(ROOT/'nbs'/f'{n}_figure{n}.ipynb')['cells'] if c['cell_type'] == 'code']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory): return tmp_path_factory.mktemp('small')
+
+
+@pytest.mark.parametrize('n', OWN)
+def test_the_small_version_runs(n, folder, monkeypatch):
+    "The parameters' cell, the injected values, the rest, in a folder that is no clone; caches are shared between the figures."
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(experiment, 'default_device', lambda: torch.device('cpu'))
+    space = {}
+    for c in code_of(n):
+        exec(''.join(c['source']), space)
+        if 'parameters' in c['metadata'].get('tags', []): space.update(SMALL, **OWN[n])
+    r = read_json(folder/f'figures/embedded/figure{n}.json')
+    assert r['summary'] and r['data']['target']['name'] == 'pencil' and r['config']['n_train'] == 40
+    assert all(np.isfinite(s['mean']) for s in r['summary'].values() if s['mean'] is not None)
+    for ext in ('png', 'pdf', 'csv'): assert (folder/f'figures/embedded/figure{n}.{ext}').stat().st_size > 100
+
+
+def test_the_page_of_the_small_version(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    assert main(['embedded', '--out', 'PAGE.md']) == 0
+    page = (folder/'PAGE.md').read_text(encoding='utf-8')
+    assert 'Not run yet' not in page and all(f'## {t}' in page for t in CHAPTERS.values())
+    for m in METHODS: assert m.replace('_', ' ') in page
+    s = read_json(folder/'figures/embedded/figure24.json')['summary']
+    assert percent(s['oracle/pencil/balanced_accuracy']) in page and percent(s['adapted_minus_source_only/pencil/balanced_accuracy']) in page
+    with pytest.raises(SystemExit): main(['celeba64'])
+    assert 'figures/celeba64: no such folder; make the figures first' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('n', OWN)
+def test_notebooks_hold_parameters_and_calls(n):
+    code = code_of(n)
+    tagged = [c for c in code if 'parameters' in c['metadata'].get('tags', [])]
+    space = {}
+    exec(''.join(tagged[0]['source']), space)
+    assert space['profile'] == 'embedded' and set(given(space, *PARAMETERS[n]).values()) == {None} and PARAMETERS[n] <= set(space)
+    get_profile('embedded', **given(space, *PARAMETERS[n]))
+    text = '\n'.join(''.join(c['source']) for c in code)
+    assert 'def ' not in text and '#| export' not in text
+    assert all(''.join(c['source']).startswith('#| slow') for c in code if c is not tagged[0])
+
+
+def record(**values): # method -> balanced accuracy on the target
+    s = {}
+    for m, v in values.items():
+        for t in ('original', 'adapted', 'fs2k'):
+            for c in ('accuracy', 'balanced_accuracy', 'auroc'): s[f'{m}/{t}/{c}'] = dict(mean=v, ci95=[v - .01, v + .01], n_seeds=5)
+        if m != 'source_only': s[f'{m}_minus_source_only/fs2k/balanced_accuracy'] = dict(mean=v - values['source_only'], ci95=[0., .1], n_seeds=5)
+    return dict(summary=s, data=dict(target=dict(name='fs2k')))
+
+
+def test_the_page_says_so_when_a_simple_baseline_wins():
+    text = baseline_section(record(source_only=.6, pencil_filter=.75, adapted=.7, dann=.8, clip_zero_shot=.9, oracle=.85))
+    assert '**It is not the best row among those that see no target picture: pencil filter is, with 75.0 [74.0, 76.0].**' in text
+    assert '| **pencil filter** |' in text and '40% of the gap' in text and 'Better rows of any kind, oracle aside: pencil filter, dann, clip zero shot.' in text
+    rows = re.findall(r'^\| \**(\w[\w ]*?)\** \| (?:source only|words|the guide|target)', text, re.M)
+    assert rows == ['clip zero shot', 'oracle', 'dann', 'pencil filter', 'adapted', 'source only']
+
+
+def test_the_page_says_so_when_ours_is_best():
+    text = baseline_section(record(source_only=.6, pencil_filter=.65, adapted=.7, source_and_adapted=.72, oracle=.8))
+    assert 'source and adapted): 72.0' in text and 'It is the best row among those that see no target picture.' in text and '| **source and adapted** |' in text
+
+
+def test_variants_share_data_and_models_unless_they_differ(tmp_path):
+    ev = Evaluation(Experiment(get_profile('toy', seeds='0'), tmp_path, device='cpu'))
+    v = variant(ev, t0=100)
+    assert v.exp.splits is ev.exp.splits and v.exp.models is ev.exp.models and v.exp.profile.t0 == 100 and ev.exp.profile.t0 == 200
+    assert len(lean(ev, n_train=12).exp.splits['train']) == 12 and lean(ev).exp.profile.n_images == 4
+
+
+def test_few_keeps_the_share_of_the_classes(tmp_path):
+    ev = Evaluation(Experiment(get_profile('toy', seeds='0'), tmp_path, device='cpu'))
+    t, whole = few(ev, 8).task(()), ev.task(())
+    assert len(t.source[1]) == 8 and t.source[1].float().mean() == .5 and len(whole.source[1]) == 24
+    assert few(ev, 24) is ev
+
+
+def test_another_guide_must_be_named(tmp_path):
+    from diffclip_da.results import figure29
+    with pytest.raises(UserError, match='give the folder of a CLIP trained without sketches'):
+        figure29(Evaluation(Experiment(get_profile('toy'), tmp_path, device='cpu')), '')
