@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LUMA', 'PENCILS', 'STYLES', 'luma', 'grey', 'blur', 'paper', 'dodge', 'strokes', 'pencil', 'stretch', 'xdog',
            'line_art', 'charcoal', 'chalk', 'kuwahara', 'saturate', 'oil', 'watercolour', 'quantise', 'cartoon',
-           'colour_pencil', 'pixel_art', 'halftone', 'photo', 'grayscale', 'sepia', 'negative', 'tinted', 'to_array',
-           'to_image', 'render']
+           'colour_pencil', 'pixel_art', 'halftone', 'photo', 'black_and_white', 'sepia', 'negative', 'tinted',
+           'to_array', 'to_image', 'render']
 
 # %% ../nbs/16_styles.ipynb #7a868713
 from colorsys import hsv_to_rgb
@@ -182,7 +182,7 @@ def halftone(a, rng):
 # %% ../nbs/16_styles.ipynb #29486c08
 def photo(a, rng): "The photo itself."; return a
 
-def grayscale(a, rng):
+def black_and_white(a, rng):
     "Black and white photo, with the contrast of some film."
     return grey(.5 + (luma(a) - .5) * rng.uniform(.8, 1.3))
 
@@ -197,13 +197,13 @@ def negative(a, rng):
 
 def tinted(a, rng):
     "A photo or a drawing through coloured glass or in coloured ink, of any hue but sepia's: what looks like a sketch, but for its colour."
-    base = (photo, photo, grayscale, pencil, line_art, charcoal)[rng.integers(6)](a, rng)
+    base = (photo, photo, black_and_white, pencil, line_art, charcoal)[rng.integers(6)](a, rng)
     colour = np.array(hsv_to_rgb(rng.uniform(.17, 1.03) % 1, rng.uniform(.35, .9), 1.))
     return base * colour if rng.random() < .6 else 1 - (1 - base) * (1 - colour * rng.uniform(.4, .9))
 
 # %% ../nbs/16_styles.ipynb #a79ceead
 STYLES = dict(photo=photo, pencil=pencil, charcoal=charcoal, line_art=line_art, cartoon=cartoon, watercolour=watercolour, oil=oil,
-              pixel_art=pixel_art, grayscale=grayscale, sepia=sepia, negative=negative, colour_pencil=colour_pencil, chalk=chalk, halftone=halftone, tinted=tinted)
+              pixel_art=pixel_art, grayscale=black_and_white, sepia=sepia, negative=negative, colour_pencil=colour_pencil, chalk=chalk, halftone=halftone, tinted=tinted)
 
 def to_array(im): # PIL image or array -> float64 [h, w, 3] in [0, 1]
     "A photo as the array that styles draw on."

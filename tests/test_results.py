@@ -13,7 +13,7 @@ from diffclip_da.core import UserError, read_json
 from diffclip_da.data import shipped_faces
 from diffclip_da.evaluate import check_roles
 from diffclip_da.experiment import Experiment, get_profile, given
-from diffclip_da.results import CHAPTERS, GROUPS, PROMPTS, baseline_section, few, finish, lean, main, percent, variant, write_results
+from diffclip_da.results import CHAPTERS, GROUPS, PROMPTS, baseline_section, few, finish_figure, lean, main, percent, variant, write_results
 from diffclip_da.evaluate import Evaluation, group_of
 
 ROOT = Path(__file__).parents[1]
