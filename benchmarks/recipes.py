@@ -27,21 +27,20 @@ from diffclip_da.experiment import Experiment, get_profile, load_guide
 from diffclip_da.losses import grid_loss, text_direction
 from diffclip_da.train_embedder import load_teacher
 
+# the recipe that the search began with; the profiles now hold what it ended with
+BEFORE = dict(n_images=50, passes=6, lr=6e-5, l1_weight=.3)
 TRIALS = dict(
     base={},
-    t0_500=dict(t0=500),
-    t0_500_id_0=dict(t0=500, id_weight=0.),
-    t0_500_id_01_l1_01=dict(t0=500, id_weight=.1, l1_weight=.1),
-    t0_500_passes_10=dict(t0=500, passes=10),
-    t0_600=dict(t0=600),
-    passes_10=dict(passes=10),
-    lr_1e4=dict(lr=1e-4),
-    pencil_sketch=dict(target='a pencil sketch'),
-    pencil_drawing=dict(target='a pencil drawing'),
-    line_art=dict(target='line art'),
-    charcoal=dict(target='charcoal drawing'),
-    crops_4=dict(n_crops=4),
-    clip_6=dict(clip_weight=6.),
+    **{name: BEFORE | fields for name, fields in dict(
+        before={}, t0_500=dict(t0=500), t0_500_id_0=dict(t0=500, id_weight=0.), t0_500_id_01_l1_01=dict(t0=500, id_weight=.1, l1_weight=.1),
+        t0_500_passes_10=dict(t0=500, passes=10), t0_600=dict(t0=600), passes_10=dict(passes=10), lr_1e4=dict(lr=1e-4),
+        pencil_sketch=dict(target='a pencil sketch'), pencil_drawing=dict(target='a pencil drawing'), line_art=dict(target='line art'),
+        charcoal=dict(target='charcoal drawing'), crops_4=dict(n_crops=4), clip_6=dict(clip_weight=6.),
+        images_200=dict(n_images=200, l1_weight=.1), images_100_id_01=dict(n_images=100, passes=12, l1_weight=.03, id_weight=.1),
+        images_100_lr_12e5=dict(n_images=100, passes=12, l1_weight=.03, lr=1.2e-4), images_200_clip_6=dict(n_images=200, passes=12, l1_weight=.1, clip_weight=6.)).items()},
+    lr_12e5=dict(lr=1.2e-4),
+    base_t0_500=dict(t0=500),
+    images_400=dict(n_images=400, l1_weight=.01),
 )
 
 
