@@ -460,11 +460,11 @@ def measure_adaptation(exp:Experiment) -> pd.DataFrame: # one row per test image
 
 # %% ../nbs/15_experiment.ipynb #b4e78b71
 def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figure: # [n, 3, h, w] twice; classes in order; class of each
-    "Sources above adapted images, one block of columns per class; each picture enlarged by Lanczos."
+    "Sources above adapted images, one block of rows per class; each picture enlarged by Lanczos, 64 pixels to some 240 in the saved file."
     set_style()
     n = max(labels.count(c) for c in names)
-    fig = plt.figure(figsize=(1.5 * n * len(names), 3.7), dpi=60, layout='constrained')
-    for block, name in zip(fig.subfigures(1, len(names), wspace=.04), names):
+    fig = plt.figure(figsize=(1.6 * n, 3.75 * len(names) + .6), dpi=60, layout='constrained')
+    for block, name in zip(np.atleast_1d(fig.subfigures(len(names), 1)), names):
         k = [i for i, c in enumerate(labels) if c == name]
         axs = block.subplots(2, n, squeeze=False)
         for row, x in zip(axs, (before, after)):
