@@ -9,9 +9,11 @@ import torch
 from PIL import Image
 
 import diffclip_da.adapt as A
-from diffclip_da.adapt import AdaptConfig, Batches, adapt, adapt_folder, check_images, fast, file_names, load_adapted, main
+from diffclip_da.adapt import SHIPPED_RECIPE, AdaptConfig, Batches, adapt, adapt_folder, check_images, fast, file_names, load_adapted, main, recipe
 from diffclip_da.core import UserError, new_generator, sha256_file
 from diffclip_da.data import image_folder
+from diffclip_da.experiment import PROFILES
+from diffclip_da.finetune import FinetuneConfig
 from diffclip_da.schedule import linear_schedule
 from diffclip_da.unet import save_unet, tiny_unet
 from test_finetune import Net, clip_folder
@@ -431,3 +433,22 @@ def test_a_full_disk_is_exit_code_2(tmp_path, photos, weights, monkeypatch, caps
     err = capsys.readouterr().err
     assert e.value.code == 2 and 'no space left' in err and str(out) in err
     assert not list(out.rglob('*.tmp'))
+
+
+def test_the_shipped_network_gets_its_recipe_and_others_keep_careful_defaults():
+    assert recipe('shipped', 200) == dict(SHIPPED_RECIPE, passes=8) and recipe('shipped', 12)['passes'] == 134 and recipe('shipped', 5000)['passes'] == 1
+    assert recipe('google/ddpm-celebahq-256', 200) == {}
+    for k, v in SHIPPED_RECIPE.items(): assert getattr(PROFILES['embedded'], k) == getattr(PROFILES['celeba64'], k) == v
+
+
+def test_options_left_out_follow_the_recipe(monkeypatch, photos, tmp_path):
+    class Seen(Exception): pass
+    def see(self, *a): raise Seen(self)
+    monkeypatch.setattr(FinetuneConfig, 'validate', see)
+    def asked(**options):
+        with pytest.raises(Seen) as e: adapt_folder(photos, 'a sketch', tmp_path/'out', device='cpu', **options)
+        return e.value.args[0]
+    cfg = asked(lr=None, l1_weight=None, id_weight=None)
+    n = cfg.n_images
+    assert (cfg.lr, cfg.l1_weight, cfg.id_weight, cfg.passes) == (2e-4, .03, .3, -(-1600 // n))
+    assert asked(lr=1e-5, passes=3) == replace(cfg, lr=1e-5, passes=3)
