@@ -1,20 +1,18 @@
 "An evaluation that a reviewer would accept: roles of pictures, intervals, stored answers, and the committed records."
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
 from conftest import encoded, picture, write_celeba
 from diffclip_da.baselines import METHODS
-from diffclip_da.core import UserError, write_json
-from diffclip_da.data import ImageSet, Store, celeba, fs2k
+from diffclip_da.core import UserError
+from diffclip_da.data import celeba, fs2k
 from diffclip_da.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, paired_bootstrap, recalls
 from diffclip_da.experiment import Experiment, get_profile
 

@@ -1,5 +1,4 @@
 "Figures 23 to 29 in small on the shipped assets, as papermill runs them, and the page made from records."
-import json
 import re
 from pathlib import Path
 
@@ -10,11 +9,9 @@ import torch
 from diffclip_da import experiment
 from diffclip_da.baselines import METHODS
 from diffclip_da.core import UserError, read_json
-from diffclip_da.data import shipped_faces
-from diffclip_da.evaluate import check_roles
+from diffclip_da.evaluate import Evaluation
 from diffclip_da.experiment import Experiment, get_profile, given
-from diffclip_da.results import CHAPTERS, GROUPS, PROMPTS, baseline_section, few, finish_figure, lean, main, percent, variant, write_results
-from diffclip_da.evaluate import Evaluation, group_of
+from diffclip_da.results import CHAPTERS, baseline_section, few, figure29, lean, main, percent, variant
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(profile='embedded', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
@@ -107,6 +104,5 @@ def test_few_keeps_the_share_of_the_classes(tmp_path):
 
 
 def test_another_guide_must_be_named(tmp_path):
-    from diffclip_da.results import figure29
     with pytest.raises(UserError, match='give the folder of a CLIP trained without sketches'):
         figure29(Evaluation(Experiment(get_profile('toy'), tmp_path, device='cpu')), '')
