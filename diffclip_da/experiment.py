@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAPER_NUMBERS', 'RENAMED', 'CHEAP_INVERSION', 'RECIPE', 'PROFILES', 'SPLITS', 'MEASURES', 'WORDS', 'DATASETS',
-           'Profile', 'as_type', 'get_profile', 'given', 'find_celeba', 'repo_root', 'toy_faces', 'whole_sets',
-           'load_splits', 'toy_models', 'load_guide', 'load_models', 'sources_hash', 'Experiment', 't_interval',
-           'image_interval', 'summarise', 'paired', 'tolerances', 'plot_histories', 'training_figure', 'figure3',
-           'figure4', 'measure_adaptation', 'plot_pairs', 'figure2', 'results_table', 'compare_records',
-           'experiment_parser', 'main']
+           'Profile', 'as_type', 'get_profile', 'given', 'find_folder', 'find_celeba', 'repo_root', 'toy_faces',
+           'whole_sets', 'load_splits', 'toy_models', 'load_guide', 'load_models', 'sources_hash', 'Experiment',
+           't_interval', 'image_interval', 'summarise', 'paired', 'tolerances', 'plot_histories', 'describe_sets',
+           'training_figure', 'figure3', 'figure4', 'measure_adaptation', 'show_picture', 'plot_pairs', 'figure2',
+           'results_table', 'compare_records', 'experiment_parser', 'main']
 
 # %% ../nbs/15_experiment.ipynb #4e42de99
 import argparse, contextlib, os, sys, time
@@ -133,15 +133,18 @@ def given(namespace:dict, *own:str) -> dict: # `own`: parameters that are no fie
             and (v is None or isinstance(v, (bool, int, float, str, list, tuple))) and k not in ('In', 'Out')}
 
 # %% ../nbs/15_experiment.ipynb #c9ab0c45
-def find_celeba(folder:str='') -> Path: # '' : the environment variable CELEBA
-    "CelebA's folder; a relative one is looked for from here and from the repository's root."
-    place = folder or os.environ.get('CELEBA', '')
+def find_folder(folder:str, variable:str, missing:tuple, fetch:str) -> Path: # '' stands for the environment variable; parts of the message
+    "A data set's folder; a relative one is looked for from here and from the repository's root."
+    place = folder or os.environ.get(variable, '')
     for path in (Path(place).expanduser(), repo_root()/place):
         if place and path.is_dir(): return path
-    raise UserError((f'CelebA is not at {place}. ' if place else 'this profile needs CelebA. ') +
-                    'Fetch img_align_celeba.zip, list_attr_celeba.txt, list_eval_partition.txt and identity_CelebA.txt from '
-                    'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (or run torchvision.datasets.CelebA(root, download=True)) and give their '
-                    "folder as the parameter `celeba` or the environment variable CELEBA; the profile 'embedded' needs no data")
+    raise UserError((f'{missing[0]} is not at {place}. ' if place else missing[1]) + fetch + f" the environment variable {variable}; the profile 'embedded' needs no data")
+
+def find_celeba(folder:str='') -> Path: # '' : the environment variable CELEBA
+    "CelebA's folder."
+    return find_folder(folder, 'CELEBA', ('CelebA', 'this profile needs CelebA. '),
+                       'Fetch img_align_celeba.zip, list_attr_celeba.txt, list_eval_partition.txt and identity_CelebA.txt from '
+                       'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (or run torchvision.datasets.CelebA(root, download=True)) and give their folder as the parameter `celeba` or')
 
 def repo_root() -> Path:
     "The clone that the current folder lies in, by its settings.ini; otherwise the current folder."
@@ -396,11 +399,15 @@ def caption(self:Experiment, how:str) -> str: # what the lines or pictures are
 
 DATASETS = dict(faces='shipped synthetic faces', celeba='CelebA', toy='drawn toy faces')
 
+def describe_sets(sets:dict) -> dict: # split -> labelled `ImageSet`
+    "Images per class and split, hash over images and labels."
+    return dict(counts={s: i.counts() for s, i in sets.items()},
+                sha256={s: canonical_hash([list(m.index), list(m.sha256), m.label.tolist()]) for s, i in sets.items() for m in [i.manifest()]})
+
 @patch
 def data_record(self:Experiment) -> dict:
     "Name of the data, images per class and split, hash over images and labels."
-    return dict(name=DATASETS.get(self.profile.dataset, self.profile.dataset), classes=self.splits['train'].classes, counts={s: i.counts() for s, i in self.splits.items()},
-                sha256={s: canonical_hash([list(m.index), list(m.sha256), m.label.tolist()]) for s, i in self.splits.items() for m in [i.manifest()]})
+    return dict(name=DATASETS.get(self.profile.dataset, self.profile.dataset), classes=self.splits['train'].classes, **describe_sets(self.splits))
 
 @patch
 def majority(self:Experiment) -> float:
@@ -459,6 +466,10 @@ def measure_adaptation(exp:Experiment) -> pd.DataFrame: # one row per test image
     return table.assign(id=ids, label=labels)[['id', 'label', *table.columns]]
 
 # %% ../nbs/15_experiment.ipynb #b4e78b71
+def show_picture(ax, x): # [3, h, w] in [-1, 1]
+    "A picture, enlarged by Lanczos."
+    ax.imshow(((x + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='lanczos')
+
 def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figure: # [n, 3, h, w] twice; classes in order; class of each
     "Sources above adapted images, one block of rows per class; each picture enlarged by Lanczos, 64 pixels to some 240 in the saved file."
     set_style()
@@ -469,7 +480,7 @@ def plot_pairs(before, after, names, labels, caption:str, title:str) -> plt.Figu
         axs = block.subplots(2, n, squeeze=False)
         for row, x in zip(axs, (before, after)):
             for ax in row: ax.axis('off')
-            for ax, i in zip(row, k): ax.imshow(((x[i] + 1) / 2).clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='lanczos')
+            for ax, i in zip(row, k): show_picture(ax, x[i])
         block.suptitle(name)
     fig.suptitle(title)
     fig.supxlabel(caption, fontsize=7, color=COLOURS['other'])
