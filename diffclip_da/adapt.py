@@ -23,7 +23,7 @@ from fastcore.basics import patch
 import diffclip_da
 from .align import align_faces
 from .clip import load_clip
-from .core import (UserError, atomic_write, canonical_hash, friendly_exit, image_grid, jsonable, local_device, new_generator, processes,
+from .core import (UserError, atomic_write, canonical_hash, friendly_exit, image_grid, in_dtype, jsonable, local_device, new_generator, processes,
                               progress, read_json, sha256_bytes, sha256_file, state_hash, to_pil, versions, write_json)
 from .data import IMAGE_SUFFIXES, ImageSet, Store, image_folder
 from .ddim import evaluations, invert, sample, step_pairs
@@ -201,11 +201,8 @@ def fast(model, cfg:AdaptConfig): # a module, or any eps_model
     "`model` as the loop calls it: channels last, compiled and under autocast where asked for, its noise in float32 again."
     net = model.to(memory_format=torch.channels_last) if isinstance(model, torch.nn.Module) else model
     if cfg.compile: net = compiled(net)
-    half, dtype = cfg.dtype != 'float32', torch.float16 if cfg.dtype == 'float16' else torch.bfloat16
-    def eps_model(x_t, t):
-        x_t = x_t.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(x_t.device.type, dtype, enabled=half): return net(x_t, t).float()
-    return eps_model
+    net = in_dtype(net, cfg.dtype)
+    return lambda x_t, t: net(x_t.contiguous(memory_format=torch.channels_last), t).float()
 
 class Pipeline:
     "Images to latents, latents to images."

@@ -69,16 +69,16 @@ class Profile:
     lr: float = FinetuneConfig.lr; lr_growth: float = FinetuneConfig.lr_growth
     clip_weight: float = FinetuneConfig.clip_weight; l1_weight: float = FinetuneConfig.l1_weight; id_weight: float = FinetuneConfig.id_weight; grid_weight: float = FinetuneConfig.grid_weight
     n_crops: int = FinetuneConfig.n_crops; augment_noise: float = FinetuneConfig.augment_noise
-    grad: str = FinetuneConfig.grad; tune_seed: int = FinetuneConfig.seed
+    grad: str = FinetuneConfig.grad; tune_seed: int = FinetuneConfig.seed; tune_dtype: str = FinetuneConfig.dtype
     inversion_model: str = AdaptConfig.inversion_model; eta: float = AdaptConfig.eta; dtype: str = AdaptConfig.dtype; compile: bool = AdaptConfig.compile
     adapt_batch_size: int = AdaptConfig.batch_size; shard_size: int = AdaptConfig.shard_size; adapt_seed: int = AdaptConfig.seed
     classifier: str = 'paper'     # 'paper' or 'small'
-    epochs: int = 10; batch_size: int = 32; classifier_lr: float = 1e-3
+    epochs: int = 10; batch_size: int = 32; classifier_lr: float = 1e-3; classifier_dtype: str = 'float32' # 'bfloat16': half the time
     seeds: tuple = (0, 1, 2)      # of the classifier: first weights and order
 
 # %% ../nbs/15_experiment.ipynb #0ec66d92
 # where a configuration's field has another name in `Profile`
-RENAMED = {FinetuneConfig: dict(batch_size='tune_batch_size', seed='tune_seed'), AdaptConfig: dict(batch_size='adapt_batch_size', seed='adapt_seed')}
+RENAMED = {FinetuneConfig: dict(batch_size='tune_batch_size', seed='tune_seed', dtype='tune_dtype'), AdaptConfig: dict(batch_size='adapt_batch_size', seed='adapt_seed')}
 
 @patch
 def config(self:Profile, cls):
@@ -311,13 +311,13 @@ def histories(self:Experiment, trained_on:str) -> pd.DataFrame: # 'original' or 
     "Train the classifier once for each seed."
     p, tables = self.profile, []
     data = {f'{s} {d}': [list(t.sha256), t.label.tolist()] for d, sets in (('original', self.splits), ('adapted', self.adapted)) for s, i in sets.items() for t in [i.manifest()]}
-    cfg = {k: getattr(p, k) for k in ('classifier', 'epochs', 'batch_size', 'classifier_lr', 'size')}
+    cfg = {k: getattr(p, k) for k in ('classifier', 'epochs', 'batch_size', 'classifier_lr', 'classifier_dtype', 'size')}
     for seed in p.seeds:
         with self.stage(f'classify {trained_on} {seed}', canonical_hash([trained_on, seed, cfg, data, sources_hash('classify')])) as folder:
             if not (folder/'history.json').exists():
                 tests = dict(test_original=self.tensors('test', 'original'), test_target=self.tensors('test', 'adapted'))
                 _, h = train_classifier(self.tensors('train', trained_on), tests, self.tensors('valid', trained_on), p.epochs, p.batch_size,
-                                        p.classifier_lr, seed, p.classifier, device=self.device, desc=f'classifier on {trained_on}, seed {seed}')
+                                        p.classifier_lr, seed, p.classifier, device=self.device, desc=f'classifier on {trained_on}, seed {seed}', dtype=p.classifier_dtype)
                 write_json(folder/'history.json', h.to_dict('list'))   # JSON keeps every digit
             tables.append(pd.DataFrame(read_json(folder/'history.json')).assign(seed=seed))
     return pd.concat(tables, ignore_index=True)[['seed', 'epoch', 'split', 'loss', 'accuracy', 'balanced_accuracy', 'auroc']]

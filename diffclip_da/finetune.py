@@ -19,7 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save as safetensors_bytes
 from torch.utils.checkpoint import checkpoint
 
-from .core import UserError, atomic_write, canonical_hash, new_generator, progress, state_hash
+from .core import DTYPES, UserError, atomic_write, canonical_hash, in_dtype, new_generator, progress, state_hash
 from .ddim import ddim_step, invert, step_pairs
 from .forward import predict_x0
 from .losses import diffusionclip_loss, text_direction
@@ -48,6 +48,7 @@ class FinetuneConfig:
     n_iter: int = 1             # its evaluations per step; plain 'ddim' always spends one
     grad: str = 'full'          # 'full', 'checkpoint' (same gradient, less memory) or 'step' (another gradient, least memory)
     seed: int = 0               # of order and augmentation
+    dtype: str = 'float32'      # of the U-Net's arithmetic: 'float32' or 'bfloat16', which takes two thirds of the time where the processor has it
 
 # %% ../nbs/12_finetune.ipynb #e210435c
 def need(ok, text:str):
@@ -74,7 +75,7 @@ def validate(self:FinetuneConfig, T:int, # the schedule's number of steps
     need(self.lr > 0 and self.lr_growth > 0, f'lr = {self.lr}, lr_growth = {self.lr_growth}: both must be above 0')
     weights = self.clip_weight, self.l1_weight, self.id_weight, self.grid_weight
     need(min(weights) >= 0 and max(weights) > 0, f'clip, l1, id and grid weights are {weights}: none may be negative, one must be above 0')
-    need(self.grad in GRADS, f'grad = {self.grad!r}: choose {", ".join(GRADS)}')
+    for n, allowed in dict(grad=GRADS, dtype=DTYPES).items(): need(getattr(self, n) in allowed, f'{n} = {getattr(self, n)!r}: choose {", ".join(allowed)}')
     return self
 
 GRADS = 'full', 'checkpoint', 'step'
@@ -195,14 +196,14 @@ def tune(model, latents, x_ref, loss, schedule, cfg:FinetuneConfig, # [n, 3, h, 
     model, device, path = copy.deepcopy(model).eval().requires_grad_(True), device_of(model), out and Path(out)/'checkpoint.pt'
     optimizer, generator = torch.optim.Adam(model.parameters(), lr=cfg.lr), new_generator(cfg.seed)
     done, history = load_checkpoint(path, key, cfg.passes, model, optimizer, generator) if path and path.exists() else (0, [])
-    pairs = step_pairs(cfg.t0, cfg.n_gen)
+    pairs, net = step_pairs(cfg.t0, cfg.n_gen), in_dtype(model, cfg.dtype)
     bar = progress(total=cfg.passes * math.ceil(len(latents) / cfg.batch_size), initial=len(history), desc='fine-tuning')
     for p in range(done, cfg.passes):
         for group in optimizer.param_groups: group['lr'] = cfg.lr * cfg.lr_growth**p
         for i in torch.randperm(len(latents), generator=generator).split(cfg.batch_size):
             tic, ref = time.perf_counter(), x_ref[i].to(device)
             optimizer.zero_grad(set_to_none=True)
-            terms = accumulate_gradients(model, latents[i].to(device), pairs, schedule, lambda x: loss(x, ref, generator), cfg.grad)
+            terms = accumulate_gradients(net, latents[i].to(device), pairs, schedule, lambda x: loss(x, ref, generator), cfg.grad)
             terms['grad_norm'] = torch.stack([q.grad.norm().float() for q in model.parameters() if q.grad is not None]).norm()
             row = dict(zip(terms, torch.stack([v.float() for v in terms.values()]).tolist()))   # the update's only wait for the device
             history.append({'pass': p, 'step': len(history), **row, 'lr': optimizer.param_groups[0]['lr'], 'seconds': time.perf_counter() - tic})

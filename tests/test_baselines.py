@@ -16,10 +16,10 @@ def pictures(seed, n=20): return torch.rand(n, 3, 16, 16, generator=new_generato
 @pytest.fixture
 def task():
     y = torch.arange(20) % 2
-    return Task((pictures(0), y), (pictures(1), y), (pictures(2), y), (pictures(3), y), (pictures(4), y), pictures(5), (pictures(6), y), tiny_clip(), epochs=1, batch_size=8)
+    return Task((pictures(0), y), (pictures(1), y), (pictures(2), y), (pictures(3), y), (torch.stack([pictures(7), pictures(8)]), y), (pictures(4), y), pictures(5), (pictures(6), y), tiny_clip(), epochs=1, batch_size=8)
 
 
-PARTS = ('adapted', 'control', 'drawn', 'target', 'oracle', 'clip')
+PARTS = ('adapted', 'control', 'varied', 'drawn', 'target', 'oracle', 'clip')
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -60,7 +60,7 @@ def test_augmentations_draw_for_each_picture():
     changed = (half(lambda v: -v)(x, new_generator(0)) == -x).flatten(1).all(1)
     assert 16 < changed.sum() < 48
     torch.manual_seed(0)
-    same = strongly(x[:1].repeat(8, 1, 1, 1), None)
+    same = strongly(x[:1].repeat(8, 1, 1, 1))
     assert len({tuple(v.flatten().tolist()) for v in same}) > 4 and same.abs().max() <= 1
 
 
