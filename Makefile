@@ -48,7 +48,7 @@ results: $(STAMP) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folde
 
 guide: $(STAMP) ## a second guide that never saw a hand-drawn sketch, for Figure 29: CELEBA=folder FS2K=folder, into runs/guide
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" || { echo "give CELEBA=folder FS2K=folder (FS2K only measures the result)"; exit 2; }
-	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out runs/guide/clip --work runs/guide/train --n-sketches 0 --n-photos 0
+	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out runs/guide/clip --work runs/guide/train --n-sketches 0 --n-photos 0 --steps 4000 --rounds 4 --bf16
 
 test: $(STAMP) ## every notebook (nbdev_test), then the test suite
 	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 $(BIN)/nbdev_test --n_workers 2

@@ -46,7 +46,7 @@ TRIALS = dict(
 
 def direction(clip, before, after, p):
     a, b = clip.encode_image(before), clip.encode_image(after)
-    return torch.cosine_similarity(b - a, text_direction(clip, p.source, p.target)[None].to(a)).mean().item()
+    return torch.cosine_similarity(b - a, text_direction(clip, p.source, p.target).to(a)).mean().item()
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['WHERE', 'GROUPS', 'PROMPTS', 'GROUP_ATTRIBUTES', 'CHAPTERS', 'finish_figure', 'seeds_of', 'figure23', 'plot_targets',
            'plot_mean_faces', 'figure24', 'plot_methods', 'lean', 'figure25', 'few', 'plot_sweeps', 'figure26',
-           'plot_prompts', 'attribute_table', 'judge_attributes', 'figure27', 'load_judge', 'subgroup_errors',
-           'plot_losses', 'figure28', 'plot_scripts', 'figure29', 'summary_table', 'percent', 'markdown_table',
-           'baseline_section', 'plain_section', 'write_results', 'main']
+           'plot_prompts', 'attribute_table', 'judge_attributes', 'figure27', 'load_judge', 'target_groups',
+           'subgroup_errors', 'plot_losses', 'figure28', 'plot_scripts', 'figure29', 'summary_table', 'percent',
+           'markdown_table', 'baseline_section', 'plain_section', 'write_results', 'main']
 
 # %% ../nbs/15d_results.ipynb #0f01d17b
 import argparse, sys
@@ -26,7 +26,7 @@ from .baselines import METHODS
 from .classify import score
 from .core import COLOURS, UserError, atomic_write, friendly_exit, read_json, save_figure, set_style
 from .data import ImageSet, read_attribute
-from .evaluate import Evaluation, closed, group_of, over_seeds, recalls, variant
+from .evaluate import Evaluation, closed, find_fs2k, group_of, over_seeds, recalls, variant
 from .experiment import Experiment, describe_sets, find_celeba, repo_root, show_picture, t_interval, tolerances
 from .finetune import device_of
 from .identity import load_embedder
@@ -50,7 +50,8 @@ WHERE = dict(fs2k='FS2K, hand-drawn sketches', pencil='a pencil filter (stand-in
 def seeds_of(ev:Evaluation, method:str, test:str, tests=None) -> list: # -> balanced accuracy for each seed
     "One number for each training."
     tests = tests or ev.tests()
-    return [score(tests[test][1], ev.answer(method, s, tests)['p'][test])['balanced_accuracy'] for s in ev.exp.profile.seeds]
+    seeds = ev.exp.profile.seeds if METHODS[method].seeded else ev.exp.profile.seeds[:1]
+    return [score(tests[test][1], ev.answer(method, s, tests)['p'][test])['balanced_accuracy'] for s in seeds]
 
 # %% ../nbs/15d_results.ipynb #3b8f0f14
 def figure23(ev:Evaluation, prompt='charcoal drawing', tune_seed=1) -> tuple: # another target's words; another fine-tuning seed
@@ -114,10 +115,11 @@ def plot_methods(rows:pd.DataFrame, tests) -> plt.Figure:
     return fig
 
 # %% ../nbs/15d_results.ipynb #516773ca
-def lean(ev:Evaluation, n_train=300, n_test=100, n_seeds=3, n_images=100, **fields) -> Evaluation:
-    "A cheaper version for sweeps: fewer labelled photos, images for fine-tuning, test photos and seeds."
+def lean(ev:Evaluation, n_train=300, n_test=100, n_seeds=3, n_images=100, views=500, **fields) -> Evaluation:
+    "A cheaper version for sweeps: fewer labelled photos, test photos and seeds; a fine-tuning of `views` pictures, however few images they are of."
     p = ev.exp.profile
-    return variant(ev, n_train=min(n_train, p.n_train), n_valid=min(50, p.n_valid), n_test=min(n_test, p.n_test), n_images=min(n_images, p.n_images), seeds=p.seeds[:n_seeds], **fields)
+    n, views = min(n_images, p.n_images), min(views, p.n_images * p.passes)
+    return variant(ev, n_train=min(n_train, p.n_train), n_valid=min(50, p.n_valid), n_test=min(n_test, p.n_test), n_images=n, passes=-(-views // n), seeds=p.seeds[:n_seeds], **fields)
 
 def figure25(ev:Evaluation, n_train=(50, 100, 300, 1200), n_images=(5, 20, 50, 200), n_gen=(3, 12), t0=(300, 500)) -> tuple:
     "Figure 25: labelled photos, images for fine-tuning, steps and return step."
@@ -248,7 +250,7 @@ def figure27(ev:Evaluation, judge:str='') -> tuple: # an embedder that had no pa
         g = images[images.label == k]
         for m in ('flipped', 'flipped_filter', 'identity_cosine'): summary[f'{m}/{c}'] = dict(t_interval(g[m].astype(float)), n_seeds=1, n_images=len(g), interval='Student, 95 %, over the test images')
     h = subgroup_errors(ev)
-    summary |= {f'error/{r.method}/{r.group}': dict(mean=r.error, ci95=r.ci95, n_seeds=len(p.seeds), n_images=r.n, interval='Student, 95 %, over the seeds of the training') for r in h.itertuples()}
+    summary |= {f'error/{r.method}/{r.test}/{r.group}': dict(mean=r.error, ci95=r.ci95, n_seeds=len(p.seeds), n_images=r.n, interval='Student, 95 %, over the seeds of the training') for r in h.itertuples()}
     worst = images.sort_values(['flipped', 'confidence_lost'], ascending=False).index[:10].tolist()
     before, after = (exp.tensors('test', d)[0][worst] for d in ('original', 'adapted'))
     fig = plot_losses(table, images, before, after, list(exp.splits['test'].classes), h)
@@ -263,24 +265,32 @@ def load_judge(judge:str, exp:Experiment) -> tuple: # -> (embedder, what it is)
 
 GROUP_ATTRIBUTES = ('Young', 'Gray_Hair', 'Bald', 'Black_Hair', 'Blond_Hair', 'Eyeglasses', 'Pale_Skin', 'Wearing_Hat')
 
-def subgroup_errors(ev:Evaluation) -> pd.DataFrame: # columns method, group, n, error, ci95
-    "Error on adapted test images by subgroup, for the network trained on photos and the one trained on adapted images."
-    exp, rows = ev.exp, []
-    y, known = exp.tensors('test', 'original')[1].numpy(), attribute_table(ev, exp.splits['test'])
-    groups = {a if v else f'not {a}': (known[a] == v).to_numpy() for a in GROUP_ATTRIBUTES if a in known for v in (1, 0)} | {c: y == k for k, c in enumerate(exp.splits['test'].classes)}
-    for m in ('source_only', 'adapted'):
-        hits = np.array([(np.array(ev.answer(m, s)['p']['adapted']) > .5) == y for s in exp.profile.seeds])
-        for g, on in groups.items():
-            if on.sum() >= 5:
-                i = t_interval(1 - hits[:, on].mean(1))
-                rows.append(dict(method=m, group=g, n=int(on.sum()), error=i['mean'], ci95=i['ci95']))
+def target_groups(ev:Evaluation) -> dict: # group -> [n] bool, over the target's test pictures
+    "What FS2K says of its sketches beside the label; it has no skin tone."
+    if ev.name != 'fs2k': return {}
+    rows, images = {r['sketch']: r for r in read_json(find_fs2k(ev.fs2k)/'annotations.json')}, ev.target['test']
+    table = pd.DataFrame([rows[images.files[i]] for i in images.ids])
+    return {f'{k} = {v}': (table[k] == v).to_numpy() for k in ('style', 'hair', 'smile', 'frontal_face') if k in table for v in sorted(table[k].unique())}
+
+def subgroup_errors(ev:Evaluation) -> pd.DataFrame: # columns method, test, group, n, error, ci95
+    "Error by subgroup on adapted test images and on the target, for the network trained on photos and the one trained on adapted images."
+    exp, rows, known = ev.exp, [], attribute_table(ev, ev.exp.splits['test'])
+    groups = dict(adapted={a if v else f'not {a}': (known[a] == v).to_numpy() for a in GROUP_ATTRIBUTES if a in known for v in (1, 0)}, **{ev.name: target_groups(ev)})
+    for test, of in groups.items():
+        y = ev.tests()[test][1].numpy()
+        for m in ('source_only', 'adapted'):
+            hits = np.array([(np.array(ev.answer(m, s)['p'][test]) > .5) == y for s in exp.profile.seeds])
+            for g, on in (of | {c: y == k for k, c in enumerate(exp.splits['test'].classes)}).items():
+                if on.sum() >= 5:
+                    i = t_interval(1 - hits[:, on].mean(1))
+                    rows.append(dict(method=m, test=test, group=g, n=int(on.sum()), error=i['mean'], ci95=i['ci95']))
     return pd.DataFrame(rows)
 
 def plot_losses(table, images, before, after, classes, groups) -> plt.Figure: # before, after: the worst pairs [n, 3, h, w]
     "Flips by class, drifting attributes, errors of subgroups, worst images."
     set_style()
-    fig = plt.figure(figsize=(12, 8), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3, 1.6))
+    fig = plt.figure(figsize=(12, 8.6), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(3.4, 1.6))
     a, b, c = top.subplots(1, 3, width_ratios=(1, 1.4, 1.4))
     long = images.assign(label=[classes[k] for k in images.label]).melt('label', ['flipped', 'flipped_filter'], var_name='by', value_name='share')
     sns.barplot(long.replace(dict(by=dict(flipped='adaptation', flipped_filter='pencil filter'))), x='label', y='share', hue='by', errorbar=None, ax=a)
@@ -289,8 +299,9 @@ def plot_losses(table, images, before, after, classes, groups) -> plt.Figure: # 
     for k, r in enumerate(drift.itertuples()): b.plot([r.flips_filter, r.flips_adapted], [k, k], color=COLOURS['other'], lw=1)
     b.plot(drift.flips_filter, range(len(drift)), 'o', color=COLOURS['other'], label='pencil filter'); b.plot(drift.flips_adapted, range(len(drift)), 'o', color=COLOURS['adapted'], label='adaptation')
     b.set(title='attributes that drift most', xlabel='share of images on which the judge changes its mind', yticks=range(len(drift)), yticklabels=drift.attribute.str.replace('_', ' ')); b.legend()
-    sns.pointplot(groups.assign(group=groups.group.str.replace('_', ' ') + ' (' + groups.n.astype(str) + ')', method=groups.method.str.replace('_', ' ')), y='group', x='error', hue='method', linestyle='none', errorbar=None, ax=c)
-    c.set(title='error on adapted test images', xlabel='share of errors', ylabel=''); c.legend(title='trained on')
+    named = groups.assign(group=groups.test + ': ' + groups.group.str.replace('_', ' ') + ' (' + groups.n.astype(str) + ')', method=groups.method.replace(dict(source_only='photos', adapted='adapted photos')))
+    sns.pointplot(named, y='group', x='error', hue='method', linestyle='none', errorbar=None, markersize=4, ax=c)
+    c.set(title='errors by subgroup', xlabel='share of errors', ylabel=''); c.tick_params('y', labelsize=7); c.legend(title='trained on')
     for ax, x in zip(bottom.subplots(2, len(before)).T, zip(before, after)):
         for one, v in zip(ax, x): show_picture(one, v); one.axis('off')
     bottom.suptitle('worst first: the label flips, or the judge loses most confidence', fontsize=10)
@@ -311,7 +322,7 @@ def figure28(ev:Evaluation, n_gen=(6, 40)) -> tuple:
             after = e.exp.tensors('test', 'adapted')[0]
             pictures[f'{model}, {n} steps'] = after
             with torch.no_grad():
-                cos = torch.cosine_similarity(guide.encode_image(after.to(device)) - clip_before, delta[None])
+                cos = torch.cosine_similarity(guide.encode_image(after.to(device)) - clip_before, delta)
                 same = (face.embed(before.to(device)) * face.embed(after.to(device))).sum(1)
             for m, v in dict(direction=cos, identity_cosine=same, change=(after - before).abs().mean((1, 2, 3)) / 2).items():
                 summary[f'{model}_{n}/{m}'] = dict(t_interval(v.double().cpu().numpy()), n_seeds=1, interval='Student, 95 %, over the test images')
@@ -339,13 +350,15 @@ def figure29(ev:Evaluation, other:str) -> tuple: # folder of a CLIP that never s
     if not other: raise UserError('figure 29 compares two guides: give the folder of a CLIP trained without sketches (make guide CELEBA=...) as the parameter other')
     blind = str(Path(other) if Path(other).is_dir() else repo_root()/other)
     both, rows, summary, pictures = {'shipped guide': ev, 'guide that saw no sketch': variant(ev, clip=blind)}, [], {}, {}
+    def add(name, e, m):
+        for k in ('adapted', ev.name) if m == 'adapted' else (ev.name,):
+            v = seeds_of(e, m, k)
+            summary[f'{name}/{m}/{k}/balanced_accuracy'] = over_seeds(v)
+            rows.extend(dict(guide=name, method=m, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v))
+    add('no guide', ev, 'source_only')
     for name, e in both.items():
         pictures[name] = e.exp.tensors('test', 'adapted')[0]
-        for m in ('source_only', 'adapted', 'clip_zero_shot'):
-            for k in ('adapted', ev.name):
-                v = seeds_of(e, m, k)
-                summary[f'{name}/{m}/{k}/balanced_accuracy'] = over_seeds(v)
-                rows += [dict(guide=name, method=m, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v)]
+        for m in ('adapted', 'clip_zero_shot'): add(name, e, m)
     set_style()
     fig = plt.figure(figsize=(12, 5.2), layout='constrained')
     left, right = fig.subfigures(1, 2, width_ratios=(1, 1.4))
@@ -429,9 +442,10 @@ def main(argv=None) -> int:
     parser.add_argument('profile', nargs='?', default='celeba64')
     for k, d in dict(figures='figures', out='RESULTS.md', discussion='').items(): parser.add_argument(f'--{k}', default=d)
     a = parser.parse_args(argv)
-    text = Path(a.discussion).read_text(encoding='utf-8').strip() if a.discussion else ''
     if not (Path(a.figures)/a.profile).is_dir(): raise UserError(f'{a.figures}/{a.profile}: no such folder; make the figures first: make results PROFILE={a.profile}')
-    write_results(a.profile, a.figures, a.out, text)
+    said = Path(a.discussion or Path(a.figures)/a.profile/'discussion.md')
+    if a.discussion and not said.exists(): raise UserError(f'{said}: no such file')
+    write_results(a.profile, a.figures, a.out, said.read_text(encoding='utf-8').strip() if said.exists() else '')
     print(a.out)
     return 0
 

@@ -89,6 +89,7 @@ def test_bad_sets_are_refused_by_name(x, y, message):
 def test_settings_that_cannot_work_are_refused():
     with pytest.raises(UserError, match='a batch of 1 has no variance'): train_classifier((x8, y8), {}, epochs=1, batch_size=1, model='small')
     with pytest.raises(UserError, match='at least 1'): train_classifier((x8, y8), {}, epochs=0)
+    with pytest.raises(UserError, match="dtype = 'float16': choose float32 or bfloat16"): train_classifier((x8, y8), {}, epochs=1, dtype='float16')
     with pytest.raises(UserError, match="no classifier 'big'.*paper, small"): new_classifier('big')
     with pytest.raises(UserError, match='lower lr=1e'): train_classifier((x8, y8), {}, epochs=3, batch_size=4, lr=1e30)
 
@@ -118,3 +119,19 @@ def test_the_epoch_is_chosen_on_validation_alone():
     assert selected_epoch(h.assign(accuracy=h.accuracy.where(h.split == 'valid', 1 - h.accuracy))) == 2
     with pytest.raises(UserError, match="no 'valid' rows"): selected_epoch(h[h.split != 'valid'])
     with pytest.raises(UserError, match='epoch 9 is not in the history, which has 1 to 4'): at_epoch(h, 9)
+
+
+def test_only_what_is_asked_for_is_measured_and_measuring_changes_nothing():
+    sets = (x8, y8), dict(test=(x8, y8)), (x8, y8)
+    every, some, none = (train_classifier(*sets, epochs=2, batch_size=4, measured=m) for m in (None, ('valid',), ()))
+    assert set(every[1].split) == {'train', 'valid', 'test'} and set(some[1].split) == {'valid'} and none[1].empty
+    assert some[1].equals(every[1][every[1].split == 'valid'].reset_index(drop=True))
+    for a, b, c in zip(*(m.state_dict().values() for m, _ in (every, some, none))): assert torch.equal(a, b) and torch.equal(a, c)
+
+
+def test_bfloat16_trains_nearly_the_same_network():
+    x, y = blobs(64, size=16)
+    a, b = (train_classifier((x, y), {}, epochs=3, batch_size=8, dtype=d) for d in ('float32', 'bfloat16'))
+    weights = [torch.cat([p.flatten() for p in m.state_dict().values()]) for m, _ in (a, b)]
+    assert not torch.equal(*weights) and torch.nn.functional.cosine_similarity(*weights, dim=0) > .99
+    assert abs(a[1].accuracy.iloc[-1] - b[1].accuracy.iloc[-1]) < .1 and all(p.dtype == torch.float32 for p in b[0].parameters())

@@ -211,3 +211,12 @@ def test_latents_do_not_depend_on_the_batch(unet, x0):
     pairs = step_pairs(400, 3)
     a, b = (compute_latents(unet, x0, pairs, schedule, batch_size=n) for n in (1, 6))
     assert a.shape == x0.shape and a.dtype == torch.float32 and (a - b).abs().max() < 1e-5
+
+
+def test_bfloat16_takes_nearly_the_same_step(unet, x0, clip):
+    "Weights stay float32; the losses of the first update differ by what bfloat16 rounds off."
+    latents, loss = compute_latents(unet, x0, step_pairs(400, 3), schedule), FinetuneLoss(clip, None, cfg)
+    (a, h), (b, g) = (tune(unet, latents, x0, loss, schedule, replace(cfg, passes=1, dtype=d)) for d in ('float32', 'bfloat16'))
+    assert h.total[0] != g.total[0] and h.total[0] == pytest.approx(g.total[0], abs=.05)
+    assert all(p.dtype == torch.float32 for p in b.parameters()) and state_hash(a) != state_hash(b)
+    with pytest.raises(UserError, match="dtype = 'float16': choose float32, bfloat16"): replace(cfg, dtype='float16').validate(1000)

@@ -13,8 +13,6 @@ ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / 'nbs').glob('*.ipynb'))
 NOTEBOOKS = {p.stem: json.loads(p.read_text(encoding='utf-8')) for p in PATHS}
 EXPORTING = [n for n, nb in NOTEBOOKS.items() if any('#| default_exp' in ''.join(c['source']) for c in nb['cells'])]
-# their chains run in test_results; their stored outputs come with the embedded results, an hour and a half of two cores
-WAITING = [n for n in NOTEBOOKS if '23' <= n[:2] <= '29']
 every_notebook = pytest.mark.parametrize('name', NOTEBOOKS)
 
 
@@ -60,7 +58,6 @@ def test_short(name):
 
 @every_notebook
 def test_really_run(name):
-    if name in WAITING: pytest.xfail('its run on the embedded profile is still to be made')
     errors = [(o['ename'], o['evalue']) for o in outputs(name) if o['output_type'] == 'error']
     assert not errors, errors
     assert outputs(name), 'no stored output: run the notebook'

@@ -9,15 +9,16 @@ import torch
 from diffclip_da import experiment
 from diffclip_da.baselines import METHODS
 from diffclip_da.core import UserError, read_json
-from diffclip_da.evaluate import Evaluation
+from diffclip_da.evaluate import Evaluation, variant
 from diffclip_da.experiment import Experiment, get_profile, given
-from diffclip_da.results import CHAPTERS, baseline_section, few, figure29, lean, main, percent, variant
+from diffclip_da.losses import text_direction
+from diffclip_da.results import CHAPTERS, baseline_section, few, figure28, figure29, lean, main, percent
 
 ROOT = Path(__file__).parents[1]
-SMALL = dict(profile='embedded', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
+SMALL = dict(profile='embedded', dtype='float32', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
 OWN = {23: {}, 24: {}, 25: dict(sizes='20,40', tuned_on='2', steps='3', returns='300'), 26: dict(prompts='sketch; cartoon'), 27: {}, 28: dict(steps='3,6'),
        29: dict(other=str(ROOT/'diffclip_da/assets/clip'))}
-PARAMETERS = {23: {'prompt'}, 24: set(), 25: {'sizes', 'tuned_on', 'steps', 'returns'}, 26: {'prompts'}, 27: {'judge'}, 28: {'steps'}, 29: {'other'}}
+PARAMETERS = {n: {'dtype', *own} for n, own in {23: ['prompt'], 24: [], 25: ['sizes', 'tuned_on', 'steps', 'returns'], 26: ['prompts'], 27: ['judge'], 28: ['steps'], 29: ['other']}.items()}
 
 
 def code_of(n): return [c for c in read_json(ROOT/'nbs'/f'{n}_figure{n}.ipynb')['cells'] if c['cell_type'] == 'code']
@@ -50,6 +51,11 @@ def test_the_page_of_the_small_version(folder, monkeypatch, capsys):
     for m in METHODS: assert m.replace('_', ' ') in page
     s = read_json(folder/'figures/embedded/figure24.json')['summary']
     assert percent(s['oracle/pencil/balanced_accuracy']) in page and percent(s['adapted_minus_source_only/pencil/balanced_accuracy']) in page
+    Path('figures/embedded/discussion.md').write_text('Said by hand.')
+    main(['embedded', '--out', 'PAGE.md'])
+    assert Path('PAGE.md').read_text(encoding='utf-8') == page + '\n## Discussion\n\nSaid by hand.\n'
+    with pytest.raises(SystemExit): main(['embedded', '--discussion', 'nowhere.md'])
+    assert 'nowhere.md: no such file' in capsys.readouterr().err
     with pytest.raises(SystemExit): main(['celeba64'])
     assert 'figures/celeba64: no such folder; make the figures first' in capsys.readouterr().err
 
@@ -60,8 +66,8 @@ def test_notebooks_hold_parameters_and_calls(n):
     tagged = [c for c in code if 'parameters' in c['metadata'].get('tags', [])]
     space = {}
     exec(''.join(tagged[0]['source']), space)
-    assert space['profile'] == 'embedded' and set(given(space, *PARAMETERS[n]).values()) == {None} and PARAMETERS[n] <= set(space)
-    get_profile('embedded', **given(space, *PARAMETERS[n]))
+    assert space['profile'] == 'celeba64' and set(given(space, *PARAMETERS[n]).values()) == {None} and PARAMETERS[n] <= set(space)
+    get_profile('celeba64', **given(space, *PARAMETERS[n]))
     text = '\n'.join(''.join(c['source']) for c in code)
     assert 'def ' not in text and '#| export' not in text
     assert all(''.join(c['source']).startswith('#| slow') for c in code if c is not tagged[0])
@@ -96,11 +102,29 @@ def test_variants_share_data_and_models_unless_they_differ(tmp_path):
     assert len(lean(ev, n_train=12).exp.splits['train']) == 12 and lean(ev).exp.profile.n_images == 4
 
 
+def test_a_lean_fine_tuning_shows_as_many_pictures_however_few_they_are(tmp_path):
+    ev = Evaluation(Experiment(get_profile('toy', seeds='0', n_images=20, passes=40), tmp_path, device='cpu'))
+    for n, passes in ((5, 100), (20, 25), (3, 167), (50, 25)):
+        p = lean(ev, n_images=n).exp.profile
+        assert (p.n_images, p.passes) == (min(n, 20), passes)
+
+
 def test_few_keeps_the_share_of_the_classes(tmp_path):
     ev = Evaluation(Experiment(get_profile('toy', seeds='0'), tmp_path, device='cpu'))
     t, whole = few(ev, 8).task(()), ev.task(())
     assert len(t.source[1]) == 8 and t.source[1].float().mean() == .5 and len(whole.source[1]) == 24
     assert few(ev, 24) is ev
+
+
+def test_direction_of_figure28_is_a_mean_of_cosines(tmp_path):
+    "Feature by feature, for each picture; the reference is numpy's."
+    ev = Evaluation(Experiment(get_profile('toy', seeds='0'), tmp_path/'runs', tmp_path/'figures', device='cpu'))
+    _, r, _ = figure28(ev, (1, 2))
+    base, clip = lean(ev), ev.exp.models[1]
+    before, after = (base.exp.tensors('test', d)[0] for d in ('original', 'adapted'))
+    d = (clip.encode_image(after) - clip.encode_image(before)).detach().double().numpy()
+    t = text_direction(clip, 'photo', 'sketch')[0].double().numpy()
+    assert r['summary']['pretrained_2/direction']['mean'] == pytest.approx((d @ t / np.linalg.norm(d, axis=1) / np.linalg.norm(t)).mean(), abs=1e-5)
 
 
 def test_another_guide_must_be_named(tmp_path):
