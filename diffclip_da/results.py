@@ -349,16 +349,19 @@ def figure29(ev:Evaluation, other:str) -> tuple: # folder of a CLIP that never s
     "Figure 29: the same fine-tuning by two guides."
     if not other: raise UserError('figure 29 compares two guides: give the folder of a CLIP trained without sketches (make guide CELEBA=...) as the parameter other')
     blind = str(Path(other) if Path(other).is_dir() else repo_root()/other)
-    both, rows, summary, pictures = {'shipped guide': ev, 'guide that saw no sketch': variant(ev, clip=blind)}, [], {}, {}
+    base = lean(ev)
+    both, rows, summary, pictures = {'shipped guide': base, 'guide that saw no sketch': variant(base, clip=blind)}, [], {}, {}
     def add(name, e, m):
         for k in ('adapted', ev.name) if m == 'adapted' else (ev.name,):
             v = seeds_of(e, m, k)
             summary[f'{name}/{m}/{k}/balanced_accuracy'] = over_seeds(v)
             rows.extend(dict(guide=name, method=m, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v))
-    add('no guide', ev, 'source_only')
+    add('no guide', base, 'source_only')
     for name, e in both.items():
         pictures[name] = e.exp.tensors('test', 'adapted')[0]
         for m in ('adapted', 'clip_zero_shot'): add(name, e, m)
+    card = Path(blind)/'card.json'
+    known = {k: read_json(card).get(k) for k in ('data', 'measured')} if card.exists() else {}
     set_style()
     fig = plt.figure(figsize=(12, 5.2), layout='constrained')
     left, right = fig.subfigures(1, 2, width_ratios=(1, 1.4))
@@ -366,10 +369,10 @@ def figure29(ev:Evaluation, other:str) -> tuple: # folder of a CLIP that never s
     table = pd.DataFrame(rows)
     sns.pointplot(table[table.test == ev.name].assign(method=lambda t: t.method.str.replace('_', ' ')), x='method', y='balanced_accuracy', hue='guide', dodge=.3, linestyle='none', errorbar=(lambda v: t_interval(v)['ci95'] or (v.mean(), v.mean())), ax=ax)
     ax.set(ylabel=f'balanced accuracy on {ev.name}', xlabel='')
-    for row, (name, x) in zip(right.subplots(3, 7), {'photo': ev.exp.tensors('test', 'original')[0], **pictures}.items()):
+    for row, (name, x) in zip(right.subplots(3, 7), {'photo': base.exp.tensors('test', 'original')[0], **pictures}.items()):
         for one, v in zip(row, x): show_picture(one, v); one.axis('off')
         row[0].set_title(name, fontsize=8, loc='left')
-    return finish_figure(ev, 'figure29', fig, dict(other_sha256=both['guide that saw no sketch'].exp.models[1].info['sha256']), summary, table)
+    return finish_figure(ev, 'figure29', fig, dict(other=dict(known, sha256=both['guide that saw no sketch'].exp.models[1].info['sha256'])), summary, table)
 
 # %% ../nbs/15d_results.ipynb #21858d65
 def summary_table(record:dict) -> pd.DataFrame: # what a notebook shows under its figure
