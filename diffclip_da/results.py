@@ -55,7 +55,8 @@ def seeds_of(ev:Evaluation, method:str, test:str, tests=None) -> list: # -> bala
 
 # %% ../nbs/15d_results.ipynb #3b8f0f14
 def figure23(ev:Evaluation, prompt='charcoal drawing', tune_seed=1) -> tuple: # another target's words; another fine-tuning seed
-    "Figure 23: accuracy over the epochs on targets from outside."
+    "Figure 23: accuracy over the epochs on targets from outside, for the first three seeds."
+    ev = variant(ev, seeds=ev.exp.profile.seeds[:3])
     exp, p = ev.exp, ev.exp.profile
     others = {f'"{prompt}"': variant(ev, target=prompt), 'another fine-tuning': variant(ev, tune_seed=p.tune_seed + tune_seed)}
     tests = ev.tests() | {k: v.exp.tensors('test', 'adapted') for k, v in others.items()}
@@ -115,7 +116,7 @@ def plot_methods(rows:pd.DataFrame, tests) -> plt.Figure:
     return fig
 
 # %% ../nbs/15d_results.ipynb #516773ca
-def lean(ev:Evaluation, n_train=300, n_test=100, n_seeds=3, n_images=100, views=500, **fields) -> Evaluation:
+def lean(ev:Evaluation, n_train=300, n_test=100, n_seeds=3, n_images=100, views=400, **fields) -> Evaluation:
     "A cheaper version for sweeps: fewer labelled photos, test photos and seeds; a fine-tuning of `views` pictures, however few images they are of."
     p = ev.exp.profile
     n, views = min(n_images, p.n_images), min(views, p.n_images * p.passes)

@@ -104,7 +104,7 @@ def test_variants_share_data_and_models_unless_they_differ(tmp_path):
 
 def test_a_lean_fine_tuning_shows_as_many_pictures_however_few_they_are(tmp_path):
     ev = Evaluation(Experiment(get_profile('toy', seeds='0', n_images=20, passes=40), tmp_path, device='cpu'))
-    for n, passes in ((5, 100), (20, 25), (3, 167), (50, 25)):
+    for n, passes in ((5, 80), (20, 20), (3, 134), (50, 20)):
         p = lean(ev, n_images=n).exp.profile
         assert (p.n_images, p.passes) == (min(n, 20), passes)
 
