@@ -78,7 +78,7 @@ def plot_targets(rows:pd.DataFrame, n_seeds:int) -> tuple: # -> (figure, the sub
         sns.lineplot(rows[rows.trained_on == m], x='epoch', y='accuracy', hue='split', hue_order=order, style='split', style_order=order, markers=True, dashes=False,
                      errorbar=(lambda v: t_interval(v)['ci95']) if n_seeds > 1 else None, palette=sns.color_palette('colorblind', len(order)), ax=ax)
         ax.xaxis.get_major_locator().set_params(integer=True)
-        ax.set_title(title); ax.legend(title='tested on')
+        ax.set_title(title); ax.set_ylim(.35, 1.02); ax.legend(title='tested on', fontsize=8, loc='lower right')
     return fig, bottom
 
 def plot_mean_faces(sub, means:dict): # a sub-figure; name -> [3, h, w]
@@ -112,7 +112,7 @@ def plot_methods(rows:pd.DataFrame, tests) -> plt.Figure:
         ax.axvline(.5, ls='--', lw=1, color=COLOURS['other'])
         ax.set(title=f'tested on {k}', xlabel='balanced accuracy', xlim=(min(.4, r['mean'].min() - .02), 1.02), yticks=range(len(order)), yticklabels=[m.replace('_', ' ') for m in order])
     handles = [plt.Line2D([], [], marker='o', ls='', color=c, label=g) for g, c in GROUPS.items()]
-    axs[0].legend(handles=handles, title='sees of the target', loc='lower left', fontsize=8)
+    axs[-1].legend(handles=handles, title='sees of the target', loc='lower right', fontsize=8)
     return fig
 
 # %% ../nbs/15d_results.ipynb #516773ca
@@ -133,7 +133,7 @@ def figure25(ev:Evaluation, n_train=(50, 100, 300, 1200), n_images=(5, 20, 50, 2
                 summary[f'{panel}={x}/{m}/{k}/balanced_accuracy'] = over_seeds(v)
                 rows.extend(dict(panel=panel, x=x, method=m, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v))
     sizes = sorted({min(n, p.n_train) for n in n_train})
-    for n in sizes: add('labelled photos', n, few(base if n <= base.exp.profile.n_train else lean(ev, n_train=n), n), ('source_only', 'adapted'))
+    for n in sizes: add('labelled photos', n, few(ev, n), ('source_only', 'adapted'))
     for name, field, values in (('images for fine-tuning', 'n_images', n_images), ('generation steps', 'n_gen', n_gen), ('return step t0', 't0', t0)):
         most = p.n_images if field == 'n_images' else p.t0 if field == 'n_gen' else ev.exp.schedule.T - 1
         for v in sorted({min(v, most) for v in (*values, getattr(base.exp.profile, field))}): add(name, v, lean(ev, **{field: v}))
@@ -295,7 +295,7 @@ def plot_losses(table, images, before, after, classes, groups) -> plt.Figure: # 
     a, b, c = top.subplots(1, 3, width_ratios=(1, 1.4, 1.4))
     long = images.assign(label=[classes[k] for k in images.label]).melt('label', ['flipped', 'flipped_filter'], var_name='by', value_name='share')
     sns.barplot(long.replace(dict(by=dict(flipped='adaptation', flipped_filter='pencil filter'))), x='label', y='share', hue='by', errorbar=None, ax=a)
-    a.set(title='label flips, by the judge', xlabel='', ylabel='share of images judged right before'); a.legend(title=None)
+    a.set(title='label flips, by the judge', xlabel='', ylabel='share of images judged right before'); a.margins(y=.25); a.legend(title=None)
     drift = table.assign(extra=table.flips_adapted - table.flips_filter).sort_values('extra').tail(14)
     for k, r in enumerate(drift.itertuples()): b.plot([r.flips_filter, r.flips_adapted], [k, k], color=COLOURS['other'], lw=1)
     b.plot(drift.flips_filter, range(len(drift)), 'o', color=COLOURS['other'], label='pencil filter'); b.plot(drift.flips_adapted, range(len(drift)), 'o', color=COLOURS['adapted'], label='adaptation')
