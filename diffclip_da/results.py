@@ -34,9 +34,10 @@ from .losses import text_direction
 from .train_embedder import load_teacher
 
 # %% ../nbs/15d_results.ipynb #4f8d6661
-def finish_figure(ev:Evaluation, figure:str, fig, numbers:dict, summary:dict, table:pd.DataFrame) -> tuple: # -> (fig, record, table)
+def finish_figure(ev:Evaluation, figure:str, fig, numbers:dict, summary:dict, table:pd.DataFrame,
+                  run:Evaluation|None=None) -> tuple: # the leaner evaluation that was run, which caption and record are about -> (fig, record, table)
     "Save figure, record and table."
-    exp = ev.exp
+    exp = (run or ev).exp
     record = exp.record(figure, numbers, summary, tolerances({k: s for k, s in summary.items() if '_minus_' not in k and s['mean'] is not None and np.isfinite(s['mean'])}))
     record['data']['target'] = dict(name=ev.name, **describe_sets(ev.target))
     fig.supxlabel(exp.caption(f"target {WHERE[ev.name]}, {len(ev.target['test'])} test pictures; {len(exp.profile.seeds)} seeds"), fontsize=7, color=COLOURS['other'])
@@ -188,7 +189,7 @@ def figure26(ev:Evaluation, prompts:str='') -> tuple: # separated by semicolons;
     table = pd.DataFrame(rows)
     means = table.groupby('prompt', sort=False).mean()
     r = float(np.corrcoef(means.similarity, means.balanced_accuracy)[0, 1]) if len(prompts) > 2 else float('nan')
-    return finish_figure(ev, 'figure26', plot_prompts(table, float(np.mean(plain)), torch.stack(strip), ev.name), dict(correlation=r), summary, table)
+    return finish_figure(ev, 'figure26', plot_prompts(table, float(np.mean(plain)), torch.stack(strip), ev.name), dict(correlation=r), summary, table, base)
 
 def plot_prompts(table, plain:float, strip, target:str) -> plt.Figure: # source only's accuracy; [n, 3, h, w] the same face by each prompt
     "A scatter of the prompts and one face drawn by each."
@@ -196,11 +197,11 @@ def plot_prompts(table, plain:float, strip, target:str) -> plt.Figure: # source 
     fig = plt.figure(figsize=(12, 5.6), layout='constrained')
     top, bottom = fig.subfigures(2, 1, height_ratios=(3, 1))
     ax = top.subplots()
-    for name, g in table.groupby('prompt', sort=False):
+    for k, (name, g) in enumerate(table.sort_values('similarity', kind='stable').groupby('prompt', sort=False)):
         i = t_interval(g.balanced_accuracy)
         lo, hi = i['ci95'] or (i['mean'],) * 2
         ax.errorbar(g.similarity.iloc[0], i['mean'], [[i['mean'] - lo], [hi - i['mean']]], fmt='o', color=COLOURS['adapted'], capsize=2)
-        ax.annotate(name, (g.similarity.iloc[0], i['mean']), xytext=(5, 4), textcoords='offset points', fontsize=9)
+        ax.annotate(name, (g.similarity.iloc[0], i['mean']), xytext=(5, (4, -11)[k % 2]), textcoords='offset points', fontsize=9)
     ax.axhline(plain, ls='--', color=COLOURS['source'], label='trained on photos')
     ax.set(xlabel='cosine between the prompt and "sketch" in the guide', ylabel=f'balanced accuracy on {target}'); ax.legend()
     for ax, x, name in zip(bottom.subplots(1, len(strip)), strip, table.prompt.unique()):
@@ -331,7 +332,7 @@ def figure28(ev:Evaluation, n_gen=(6, 40)) -> tuple:
                 v = seeds_of(e, 'adapted', k)
                 summary[f'{model}_{n}/{k}/balanced_accuracy'] = over_seeds(v)
                 rows += [dict(inversion=model, n_gen=n, test=k, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v)]
-    return finish_figure(ev, 'figure28', plot_scripts(before, pictures, summary, ev.name), {}, summary, pd.DataFrame(rows))
+    return finish_figure(ev, 'figure28', plot_scripts(before, pictures, summary, ev.name), {}, summary, pd.DataFrame(rows), base)
 
 def plot_scripts(before, pictures:dict, summary:dict, target:str, n=9) -> plt.Figure: # [m, 3, h, w]; name -> [m, 3, h, w]
     "The same photos by each of the four ways, with their numbers."
@@ -373,7 +374,7 @@ def figure29(ev:Evaluation, other:str) -> tuple: # folder of a CLIP that never s
     for row, (name, x) in zip(right.subplots(3, 7), {'photo': base.exp.tensors('test', 'original')[0], **pictures}.items()):
         for one, v in zip(row, x): show_picture(one, v); one.axis('off')
         row[0].set_title(name, fontsize=8, loc='left')
-    return finish_figure(ev, 'figure29', fig, dict(other=dict(known, sha256=both['guide that saw no sketch'].exp.models[1].info['sha256'])), summary, table)
+    return finish_figure(ev, 'figure29', fig, dict(other=dict(known, sha256=both['guide that saw no sketch'].exp.models[1].info['sha256'])), summary, table, base)
 
 # %% ../nbs/15d_results.ipynb #21858d65
 def summary_table(record:dict) -> pd.DataFrame: # what a notebook shows under its figure
