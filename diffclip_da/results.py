@@ -165,7 +165,7 @@ def plot_sweeps(table:pd.DataFrame, target:str) -> plt.Figure:
         values = sorted(r.x.unique())
         sns.pointplot(r.assign(x=r.x.map(values.index)), x='x', y='balanced_accuracy', hue='line', errorbar=(lambda v: t_interval(v)['ci95'] or (v.mean(), v.mean())), dodge=.15, ax=ax, native_scale=True)
         ax.set(title=name, xlabel='', ylabel='balanced accuracy', xticks=range(len(values)), xticklabels=values)
-        ax.legend(fontsize=7, title=None, loc='lower right')
+        ax.legend(fontsize=7, title=None, loc='upper left' if name == panels[0] else 'lower right')
     return fig
 
 # %% ../nbs/15d_results.ipynb #2d646951
