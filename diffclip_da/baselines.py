@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'STRONG', 'Task', 'Method', 'method', 'cnn', 'together', 'majority', 'source_only', 'source_only_selected',
            'adapted', 'source_and_adapted', 'control_reconstruction', 'oracle', 'to_grey', 'sobel_edges', 'half',
-           'strongly', 'grayscale', 'edge_augmentation', 'strong_augmentation', 'pencil_filter', 'pencil_augmented',
-           'adapted_augmented', 'source_and_pencil_augmented', 'source_and_adapted_augmented', 'adapted_varied',
-           'adain', 'style_transfer', 'NormCNN', 'batch_norms', 'adapt_norms', 'binary_entropy', 'tent_steps',
-           'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss', 'ReverseGradient', 'features', 'train_aligned',
-           'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot', 'clip_linear_probe', 'latent_augmentation',
-           'move_features']
+           'strongly', 'grayscale', 'edge_augmentation', 'strong_augmentation', 'pencil_filter', 'augmented',
+           'pencil_augmented', 'adapted_augmented', 'source_and_pencil_augmented', 'source_and_adapted_augmented',
+           'adapted_varied', 'adain', 'style_transfer', 'NormCNN', 'batch_norms', 'adapt_norms', 'binary_entropy',
+           'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss', 'ReverseGradient', 'features',
+           'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot', 'clip_linear_probe',
+           'latent_augmentation', 'move_features']
 
 # %% ../nbs/15b_baselines.ipynb #50107b3a
 import copy
@@ -73,7 +73,7 @@ def cnn(task:Task, train:tuple, seed:int, tests=None, augment=None, before=lambd
     "The classifier of `task`'s budget, trained on `train`."
     def seen(s): return before(s[0]), s[1]
     net, h = train_classifier(seen(train), {k: seen(s) for k, s in (tests or {}).items()}, seen(task.source_valid), epochs or task.epochs, task.batch_size, task.lr, seed, model,
-                              augment, desc=f'seed {seed}', dtype=task.dtype, measured=None if tests else measured)
+                              augment, desc=f'seed {seed}', dtype=task.dtype, measured=tuple(tests) if tests else measured)
     return lambda x: predict(net, before(x)), h
 
 def together(*sets): # (x, y), ... -> (x, y)
@@ -162,31 +162,34 @@ def pencil_filter(task, seed, tests=None):
     "trained on photos drawn by a fixed pencil filter"
     return cnn(task, task.drawn, seed, tests)
 
+def augmented(task, seed, tests, *sets): # (x, y), ...
+    "Trained on several sets together with the strong augmentation, as many updates as the other methods."
+    return cnn(task, together(*sets), seed, tests, augment=strongly, epochs=max(1, task.epochs // len(sets)))
+
 @method('source', 'drawn')
 def pencil_augmented(task, seed, tests=None):
     "pencil filter, then the strong augmentation"
-    return cnn(task, task.drawn, seed, tests, augment=strongly)
+    return augmented(task, seed, tests, task.drawn)
 
 @method('source', 'adapted')
 def adapted_augmented(task, seed, tests=None):
     "photos adapted by words, then the strong augmentation"
-    return cnn(task, task.adapted, seed, tests, augment=strongly)
+    return augmented(task, seed, tests, task.adapted)
 
 @method('source', 'drawn')
 def source_and_pencil_augmented(task, seed, tests=None):
     "photos and pencil filter together, then the strong augmentation, as many updates as the others"
-    return cnn(task, together(task.source, task.drawn), seed, tests, augment=strongly, epochs=max(1, task.epochs // 2))
+    return augmented(task, seed, tests, task.source, task.drawn)
 
 @method('source', 'adapted')
 def source_and_adapted_augmented(task, seed, tests=None):
     "photos and adapted photos together, then the strong augmentation, as many updates as the others"
-    return cnn(task, together(task.source, task.adapted), seed, tests, augment=strongly, epochs=max(1, task.epochs // 2))
+    return augmented(task, seed, tests, task.source, task.adapted)
 
 @method('source', 'adapted', 'varied')
 def adapted_varied(task, seed, tests=None):
     "photos adapted by several wordings and fine-tunings, together as many updates as the others, then the strong augmentation"
-    every = together(task.adapted, *((x, task.varied[1]) for x in task.varied[0]))
-    return cnn(task, every, seed, tests, augment=strongly, epochs=max(1, round(task.epochs * len(task.adapted[1]) / len(every[1]))))
+    return augmented(task, seed, tests, task.adapted, *((x, task.varied[1]) for x in task.varied[0]))
 
 # %% ../nbs/15b_baselines.ipynb #ef120cad
 def adain(x, style): # [b, 3, h, w], twice

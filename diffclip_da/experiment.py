@@ -67,8 +67,8 @@ class Profile:
     inversion: str = FinetuneConfig.inversion; n_iter: int = FinetuneConfig.n_iter
     n_images: int = FinetuneConfig.n_images; passes: int = FinetuneConfig.passes; tune_batch_size: int = FinetuneConfig.batch_size
     lr: float = FinetuneConfig.lr; lr_growth: float = FinetuneConfig.lr_growth
-    clip_weight: float = FinetuneConfig.clip_weight; l1_weight: float = FinetuneConfig.l1_weight; id_weight: float = FinetuneConfig.id_weight; grid_weight: float = FinetuneConfig.grid_weight
-    n_crops: int = FinetuneConfig.n_crops; augment_noise: float = FinetuneConfig.augment_noise
+    clip_weight: float = FinetuneConfig.clip_weight; l1_weight: float = FinetuneConfig.l1_weight; id_weight: float = FinetuneConfig.id_weight; grid_weight: float = FinetuneConfig.grid_weight; colour_weight: float = FinetuneConfig.colour_weight
+    n_crops: int = FinetuneConfig.n_crops; augment_noise: float = FinetuneConfig.augment_noise; augment_scale: float = FinetuneConfig.augment_scale; augment_blur: float = FinetuneConfig.augment_blur
     grad: str = FinetuneConfig.grad; tune_seed: int = FinetuneConfig.seed; tune_dtype: str = FinetuneConfig.dtype
     inversion_model: str = AdaptConfig.inversion_model; eta: float = AdaptConfig.eta; dtype: str = AdaptConfig.dtype; compile: bool = AdaptConfig.compile
     adapt_batch_size: int = AdaptConfig.batch_size; shard_size: int = AdaptConfig.shard_size; adapt_seed: int = AdaptConfig.seed
@@ -88,11 +88,11 @@ def config(self:Profile, cls):
 # twice six evaluations on the generation's own steps reconstruct better than 40 plain ones (notebook 05)
 CHEAP_INVERSION = dict(n_inv=6, inversion='anderson', n_iter=2)
 # what suits the shipped models: at a higher return step the lines come out thicker, without the identity term faces drift
-RECIPE = dict(t0=400, n_images=200, passes=8, **SHIPPED_RECIPE, **CHEAP_INVERSION)
+RECIPE = dict(t0=400, n_images=200, passes=4, **SHIPPED_RECIPE, **CHEAP_INVERSION)
 
 PROFILES = {p.name: p for p in (
     Profile('embedded', n_train=400, n_valid=100, n_test=300, seeds=(0, 1, 2, 3, 4), **RECIPE),
-    Profile('celeba64', dataset='celeba', n_valid=100, seeds=(0, 1, 2, 3, 4), **RECIPE),
+    Profile('celeba64', dataset='celeba', n_valid=100, seeds=(0, 1, 2, 3, 4), tune_dtype='bfloat16', dtype='bfloat16', classifier_dtype='bfloat16', **RECIPE),
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai', embedder='facenet:vggface2',
             t0=601, id_weight=.3, grid_weight=0., tune_batch_size=1, lr=8e-6, lr_growth=1.3, grad='checkpoint'),
     Profile('toy', dataset='toy', size=16, n_train=24, n_valid=12, n_test=16, balanced=True, unet='toy', clip='toy', embedder='toy', t0=200,

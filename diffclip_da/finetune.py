@@ -42,8 +42,11 @@ class FinetuneConfig:
     l1_weight: float = .3       # of mean |x_gen - x0| in [-1, 1] units
     id_weight: float = 0.       # of the face identity loss
     grid_weight: float = 3.     # of patterns of period two, which a U-Net on blocks of 2 x 2 pixels likes to make
+    colour_weight: float = 0.   # of hues that the source does not have
     n_crops: int = 2            # augmented copies per image that CLIP looks at; 0: the plain image
     augment_noise: float = .1   # standard deviation of the noise added to them
+    augment_scale: float = .8   # smallest crop's side, as part of the image's
+    augment_blur: float = 0.    # strongest blur's standard deviation, as part of the image's side
     inversion: str = 'ddim'     # method of `invert`
     n_iter: int = 1             # its evaluations per step; plain 'ddim' always spends one
     grad: str = 'full'          # 'full', 'checkpoint' (same gradient, less memory) or 'step' (another gradient, least memory)
@@ -73,8 +76,8 @@ def validate(self:FinetuneConfig, T:int, # the schedule's number of steps
     need(n_available is None or self.n_images <= n_available,
          f'n_images = {self.n_images} but only {n_available} images are at hand; lower n_images or give more images')
     need(self.lr > 0 and self.lr_growth > 0, f'lr = {self.lr}, lr_growth = {self.lr_growth}: both must be above 0')
-    weights = self.clip_weight, self.l1_weight, self.id_weight, self.grid_weight
-    need(min(weights) >= 0 and max(weights) > 0, f'clip, l1, id and grid weights are {weights}: none may be negative, one must be above 0')
+    weights = self.clip_weight, self.l1_weight, self.id_weight, self.grid_weight, self.colour_weight
+    need(min(weights) >= 0 and max(weights) > 0, f'clip, l1, id, grid and colour weights are {weights}: none may be negative, one must be above 0')
     for n, allowed in dict(grad=GRADS, dtype=DTYPES).items(): need(getattr(self, n) in allowed, f'{n} = {getattr(self, n)!r}: choose {", ".join(allowed)}')
     return self
 
@@ -154,8 +157,8 @@ class FinetuneLoss:
 
     def __call__(self, x_gen, x_ref, generator): # [b, 3, h, w] in [-1, 1], twice
         c = self.cfg
-        total, terms = diffusionclip_loss(x_gen, x_ref, self.clip, self.embedder, self.delta_t, c.clip_weight, c.l1_weight, c.id_weight, c.grid_weight,
-                                          c.n_crops, c.augment_noise, generator)
+        total, terms = diffusionclip_loss(x_gen, x_ref, self.clip, self.embedder, self.delta_t, c.clip_weight, c.l1_weight, c.id_weight, c.grid_weight, c.colour_weight,
+                                          c.n_crops, c.augment_noise, generator, c.augment_scale, c.augment_blur)
         return {**terms, 'total': total}
 
 # %% ../nbs/12_finetune.ipynb #1a16904f

@@ -436,7 +436,7 @@ def test_a_full_disk_is_exit_code_2(tmp_path, photos, weights, monkeypatch, caps
 
 
 def test_the_shipped_network_gets_its_recipe_and_others_keep_careful_defaults():
-    assert recipe('shipped', 200) == dict(SHIPPED_RECIPE, passes=8) and recipe('shipped', 12)['passes'] == 134 and recipe('shipped', 5000)['passes'] == 1
+    assert recipe('shipped', 200) == dict(SHIPPED_RECIPE, passes=4) and recipe('shipped', 12)['passes'] == 67 and recipe('shipped', 5000)['passes'] == 1
     assert recipe('google/ddpm-celebahq-256', 200) == {}
     for k, v in SHIPPED_RECIPE.items(): assert getattr(PROFILES['embedded'], k) == getattr(PROFILES['celeba64'], k) == v
 
@@ -450,5 +450,5 @@ def test_options_left_out_follow_the_recipe(monkeypatch, photos, tmp_path):
         return e.value.args[0]
     cfg = asked(lr=None, l1_weight=None, id_weight=None)
     n = cfg.n_images
-    assert (cfg.lr, cfg.l1_weight, cfg.id_weight, cfg.passes) == (2e-4, .03, .3, -(-1600 // n))
+    assert (cfg.lr, cfg.l1_weight, cfg.id_weight, cfg.colour_weight, cfg.passes) == (2e-4, .03, 2., 5., -(-800 // n))
     assert asked(lr=1e-5, passes=3) == replace(cfg, lr=1e-5, passes=3)

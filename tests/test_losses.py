@@ -3,10 +3,11 @@ import open_clip
 import pytest
 import torch
 from torch.nn import functional as F
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from diffclip_da.clip import Clip, ClipEnsemble
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.losses import (augment, cosine_loss, diffusionclip_loss, directional_loss, global_loss, grid_loss, l1_loss,
+from diffclip_da.losses import (ClampInward, augment, colour_loss, cosine_loss, diffusionclip_loss, directional_loss, global_loss, grid_loss, l1_loss,
                                 text_direction, view_params)
 
 
@@ -161,3 +162,40 @@ def test_grid_loss_sees_neither_flat_changes_nor_period_four():
 def test_grid_weight_enters_the_total(pair):
     total, terms = diffusionclip_loss(*pair, None, None, None, clip_weight=0., l1_weight=.5, grid_weight=2., n_crops=0)
     assert total.item() == pytest.approx(.5 * terms['l1'].item() + 2 * terms['grid'].item(), rel=1e-6) and set(terms) == {'total', 'l1', 'grid'}
+
+
+def test_views_are_blurred_alike_and_by_no_more_than_asked(pair):
+    x, how = pair[0], dict(scale=1., shift=0., noise=0.)
+    a, b = augment(x, x, 4, new_generator(0), blur=.1, **how)
+    assert torch.equal(a, b)
+    def rough(v): return (v[..., 1:] - v[..., :-1]).abs().mean((1, 2, 3))
+    r = rough(a).reshape(4, 2) / rough(x)
+    assert (r < 1.001).all() and len(set(r[:, 0].round(decimals=4).tolist())) == 4      # each view has a strength of its own
+    strongest = rough(gaussian_blur(x, 21, 3.2)) / rough(x)
+    assert (r > strongest - 1e-3).all()
+    plain = augment(x, x, 4, new_generator(0), **how)[0]
+    assert torch.allclose(rough(plain), rough(x).repeat(4), atol=1e-5)
+    with pytest.raises(UserError, match='blur = 0.5'): augment(x, x, 1, new_generator(0), blur=.5)
+
+
+def test_colours_may_fade_but_not_change():
+    ref = torch.tensor([.6, 0., -.3]).view(1, 3, 1, 1).expand(2, 3, 8, 8)
+    grey = ref.mean(1, keepdim=True).expand_as(ref)
+    for k in (0., .5, 1.): assert colour_loss(grey + k * (ref - grey), ref).item() == pytest.approx(0, abs=1e-3)
+    assert colour_loss(ref + .4, ref).item() == pytest.approx(0, abs=1e-3)              # brightness is free
+    far = (ref - grey)[0, :, 0, 0].norm().item()
+    assert colour_loss(grey + 2 * (ref - grey), ref).item() == pytest.approx(far, rel=.01)
+    assert colour_loss(grey - (ref - grey), ref).item() == pytest.approx(far, rel=.01)  # the opposite hue: nearest is grey
+    x = grey.clone().requires_grad_()
+    colour_loss(x, grey).backward()
+    assert torch.isfinite(x.grad).all()                                                # grey on grey
+
+
+def test_a_picture_is_judged_as_it_is_saved(clip, pair):
+    dt = text_direction(clip, 'photo', 'sketch')
+    def total(x): return diffusionclip_loss(x, pair[1], clip, None, dt, colour_weight=1., grid_weight=1., n_crops=0)[0]
+    x = 3 * pair[0]
+    assert total(x).item() == total(x.clamp(-1, 1)).item()
+    y = torch.tensor([-2., -2., .5, 2., 2.], requires_grad=True)
+    (ClampInward.apply(y) * torch.tensor([1., -1., 1., 1., -1.])).sum().backward()
+    assert y.grad.tolist() == [0., -1., 1., 1., 0.]                                    # outside, only what leads back
