@@ -7,11 +7,11 @@ __all__ = ['WHERE', 'GROUPS', 'PROMPTS', 'GROUP_ATTRIBUTES', 'CHAPTERS', 'finish
            'plot_mean_faces', 'figure24', 'plot_methods', 'lean', 'figure25', 'few', 'plot_sweeps', 'figure26',
            'plot_prompts', 'attribute_table', 'judge_attributes', 'figure27', 'load_judge', 'target_groups',
            'subgroup_errors', 'plot_losses', 'figure28', 'plot_scripts', 'figure29', 'summary_table', 'percent',
-           'markdown_table', 'baseline_section', 'plain_section', 'write_results', 'main']
+           'markdown_table', 'baseline_section', 'plain_section', 'settings_that_differ', 'write_results', 'main']
 
 # %% ../nbs/15d_results.ipynb #0f01d17b
 import argparse, sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,7 +27,7 @@ from .classify import score
 from .core import COLOURS, UserError, atomic_write, friendly_exit, read_json, save_figure, set_style
 from .data import ImageSet, read_attribute
 from .evaluate import Evaluation, closed, find_fs2k, group_of, over_seeds, recalls, variant
-from .experiment import Experiment, describe_sets, find_celeba, repo_root, show_picture, t_interval, tolerances
+from .experiment import Experiment, Profile, describe_sets, find_celeba, repo_root, show_picture, t_interval, tolerances
 from .finetune import device_of
 from .identity import load_embedder
 from .losses import text_direction
@@ -423,6 +423,13 @@ def plain_section(r:dict) -> str: # any other record
 CHAPTERS = dict(figure23='The target from outside', figure24='Baselines', figure25='How little is enough', figure26='Prompts', figure27='What adaptation keeps and loses',
                 figure28="The paper's script against the right method", figure29='What the guide knows')
 
+def settings_that_differ(r:dict, reference) -> str: # a record; the json of the figure to compare with, '' if there is none
+    "The fields in which a record's configuration differs, with its values; a field that an older record lacks has its default."
+    if not Path(reference).exists(): return ''
+    mine, theirs, default = r['config'], read_json(reference)['config'], {f.name: f.default for f in fields(Profile)[1:]}
+    value = lambda config, k: config.get(k, default.get(k))
+    return ', '.join(f'{k} = {value(mine, k)}' for k in sorted({*mine, *theirs} - {'seeds'}) if value(mine, k) != value(theirs, k))
+
 def write_results(profile:str, figures, path, discussion='') -> str: # a folder with <profile>/figureN.json; where the page goes; a paragraph by hand
     "Write the page from the records."
     figures, parts = Path(figures), [f'# Results: {profile}', 'Written by `python -m diffclip_da.results` from the records beside the figures; every number is in their json.']
@@ -434,7 +441,8 @@ def write_results(profile:str, figures, path, discussion='') -> str: # a folder 
         w = '; '.join(f"{k} {v['name']} ({v['provenance']}, {v['sha256'][:12]})" for k, v in r['weights'].items())
         parts.append(f'![{title}]({Path(figures.name)/profile/name}.png)')
         parts.append((baseline_section if name == 'figure24' else plain_section)(r))
-        parts.append(f"Seeds {', '.join(map(str, r['seeds']))}; weights: {w}; commit {r['commit'][:12]}.")
+        other = settings_that_differ(r, figures/profile/'figure24.json')
+        parts.append(f"Seeds {', '.join(map(str, r['seeds']))}; weights: {w}; commit {r['commit'][:12]}.{other and f' Settings other than Figure 24: {other}.'}")
     if discussion: parts.append('## Discussion\n\n' + discussion)
     text = '\n\n'.join(parts) + '\n'
     with atomic_write(path, 'w') as f: f.write(text)

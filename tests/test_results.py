@@ -1,5 +1,6 @@
 "Figures 23 to 29 in small on the shipped assets, as papermill runs them, and the page made from records."
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +9,11 @@ import torch
 
 from diffclip_da import experiment
 from diffclip_da.baselines import METHODS
-from diffclip_da.core import UserError, read_json
+from diffclip_da.core import UserError, read_json, write_json
 from diffclip_da.evaluate import Evaluation, variant
 from diffclip_da.experiment import Experiment, get_profile, given
 from diffclip_da.losses import text_direction
-from diffclip_da.results import CHAPTERS, baseline_section, few, figure28, figure29, lean, main, percent
+from diffclip_da.results import CHAPTERS, baseline_section, few, figure28, figure29, lean, main, percent, settings_that_differ
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(profile='embedded', dtype='float32', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
@@ -130,3 +131,13 @@ def test_direction_of_figure28_is_a_mean_of_cosines(tmp_path):
 def test_another_guide_must_be_named(tmp_path):
     with pytest.raises(UserError, match='give the folder of a CLIP trained without sketches'):
         figure29(Evaluation(Experiment(get_profile('toy'), tmp_path, device='cpu')), '')
+
+
+def test_the_page_names_settings_that_differ(tmp_path):
+    "A figure made with another recipe than the table of methods says so, also when its record is older than a field."
+    now = asdict(get_profile('embedded'))
+    write_json(tmp_path/'figure24.json', dict(config=now))
+    assert settings_that_differ(dict(config=now), tmp_path/'figure24.json') == ''
+    older = {k: v for k, v in now.items() if k != 'colour_weight'} | dict(passes=8, seeds=[0])
+    assert settings_that_differ(dict(config=older), tmp_path/'figure24.json') == 'colour_weight = 0.0, passes = 8'
+    assert settings_that_differ(dict(config=older), tmp_path/'none.json') == ''
