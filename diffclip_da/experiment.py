@@ -8,7 +8,7 @@ __all__ = ['PAPER_NUMBERS', 'RENAMED', 'CHEAP_INVERSION', 'RECIPE', 'PROFILES', 
            'whole_sets', 'load_splits', 'toy_models', 'load_guide', 'load_models', 'sources_hash', 'Experiment',
            't_interval', 'image_interval', 'summarise', 'paired', 'tolerances', 'plot_histories', 'describe_sets',
            'training_figure', 'figure3', 'figure4', 'measure_adaptation', 'show_picture', 'plot_pairs', 'figure2',
-           'results_table', 'compare_records', 'experiment_parser', 'main']
+           'results_table', 'differing_settings', 'compare_records', 'experiment_parser', 'main']
 
 # %% ../nbs/15_experiment.ipynb #4e42de99
 import argparse, contextlib, os, sys, time
@@ -522,14 +522,18 @@ def results_table(record:dict) -> pd.DataFrame:
     return table.astype(object).where(table.notna(), '')
 
 # %% ../nbs/15_experiment.ipynb #ed3f83f7
+def differing_settings(a:dict, b:dict) -> list: # configurations of two records -> (field, in a, in b), sorted
+    "A record made before a field came had the field's default."
+    since = {f.name: f.default for f in fields(Profile)[1:]}
+    a, b = {**since, **a}, {**since, **b}
+    return [(k, a.get(k), b.get(k)) for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
+
 def compare_records(new:dict, committed:dict) -> pd.DataFrame: # -> metric, new, committed, difference, tolerance, ok
     "Whether `new` agrees with `committed` within its tolerances. `UserError` if they are not of the same figure and settings."
     for k in ('figure', 'profile'):
         if new[k] != committed[k]: raise UserError(f'cannot compare: {k} is {new[k]!r} and {committed[k]!r}')
-    since = {f.name: f.default for f in fields(Profile)[1:]}   # a record made before a field came had its default
-    a, b = {**since, **new['config']}, {**since, **committed['config']}
-    if differ := sorted(k for k in {*a, *b} if a.get(k) != b.get(k)):
-        raise UserError('cannot compare, the settings differ: ' + ', '.join(f'{k} = {a.get(k)!r} and {b.get(k)!r}' for k in differ))
+    if differ := differing_settings(new['config'], committed['config']):
+        raise UserError('cannot compare, the settings differ: ' + ', '.join(f'{k} = {a!r} and {b!r}' for k, a, b in differ))
     rows = []
     for k, tol in committed['tolerance'].items():
         mine, theirs = new['summary'].get(k, {}).get('mean', np.nan), committed['summary'][k]['mean']

@@ -11,7 +11,7 @@ __all__ = ['WHERE', 'GROUPS', 'PROMPTS', 'GROUP_ATTRIBUTES', 'CHAPTERS', 'finish
 
 # %% ../nbs/15d_results.ipynb #0f01d17b
 import argparse, sys
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -27,7 +27,7 @@ from .classify import score
 from .core import COLOURS, UserError, atomic_write, friendly_exit, read_json, save_figure, set_style
 from .data import ImageSet, read_attribute
 from .evaluate import Evaluation, closed, find_fs2k, group_of, over_seeds, recalls, variant
-from .experiment import Experiment, Profile, describe_sets, find_celeba, repo_root, show_picture, t_interval, tolerances
+from .experiment import Experiment, describe_sets, differing_settings, find_celeba, repo_root, show_picture, t_interval, tolerances
 from .finetune import device_of
 from .identity import load_embedder
 from .losses import text_direction
@@ -426,9 +426,7 @@ CHAPTERS = dict(figure23='The target from outside', figure24='Baselines', figure
 def settings_that_differ(r:dict, reference) -> str: # a record; the json of the figure to compare with, '' if there is none
     "The fields in which a record's configuration differs, with its values; a field that an older record lacks has its default."
     if not Path(reference).exists(): return ''
-    mine, theirs, default = r['config'], read_json(reference)['config'], {f.name: f.default for f in fields(Profile)[1:]}
-    value = lambda config, k: config.get(k, default.get(k))
-    return ', '.join(f'{k} = {value(mine, k)}' for k in sorted({*mine, *theirs} - {'seeds'}) if value(mine, k) != value(theirs, k))
+    return ', '.join(f'{k} = {mine}' for k, mine, _ in differing_settings(r['config'], read_json(reference)['config']) if k != 'seeds')
 
 def write_results(profile:str, figures, path, discussion='') -> str: # a folder with <profile>/figureN.json; where the page goes; a paragraph by hand
     "Write the page from the records."
