@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
+import psutil
 import torch
 from fastcore.basics import patch
 
@@ -159,10 +160,11 @@ def merge(self:Run) -> bool:
 
 @patch
 def sweep(self:Run):
-    "Remove what killed processes left half written."
-    for folder in (self.out/'images', self.out/'shards', self.latents_dir):
-        for p in folder.rglob('*.tmp') if folder.exists() else (): p.unlink(missing_ok=True)
-    for p in self.out.glob('*.*.tmp'): p.unlink(missing_ok=True)
+    "Remove what killed processes left half written; what a living one writes, in this folder or to the shared latents, stays."
+    inside = [p for folder in (self.out/'images', self.out/'shards', self.latents_dir) for p in folder.rglob('*.tmp')]
+    for p in (*inside, *self.out.glob('*.*.tmp')):
+        writer = Path(p.stem).suffix[1:]   # `atomic_write` names its process
+        if not writer.isdigit() or int(writer) == os.getpid() or not psutil.pid_exists(int(writer)): p.unlink(missing_ok=True)
 
 # %% ../nbs/13_adapt.ipynb #80a8738f
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory", re.I)

@@ -6,11 +6,11 @@
 __all__ = ['METHODS', 'STRONG', 'Task', 'Method', 'method', 'cnn', 'together', 'majority', 'source_only', 'source_only_selected',
            'adapted', 'source_and_adapted', 'control_reconstruction', 'oracle', 'to_grey', 'sobel_edges', 'half',
            'strongly', 'grayscale', 'edge_augmentation', 'strong_augmentation', 'pencil_filter', 'augmented',
-           'pencil_augmented', 'adapted_augmented', 'source_and_pencil_augmented', 'source_and_adapted_augmented',
-           'adapted_varied', 'adain', 'style_transfer', 'NormCNN', 'batch_norms', 'adapt_norms', 'binary_entropy',
-           'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss', 'ReverseGradient', 'features',
-           'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot', 'clip_linear_probe',
-           'latent_augmentation', 'move_features']
+           'pencil_augmented', 'adapted_augmented', 'adapted_and_pencil', 'source_and_pencil_augmented',
+           'source_and_adapted_augmented', 'adapted_varied', 'adain', 'style_transfer', 'NormCNN', 'batch_norms',
+           'adapt_norms', 'binary_entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss',
+           'ReverseGradient', 'features', 'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot',
+           'clip_linear_probe', 'adapted_linear_probe', 'latent_augmentation', 'move_features']
 
 # %% ../nbs/15b_baselines.ipynb #50107b3a
 import copy
@@ -176,6 +176,11 @@ def adapted_augmented(task, seed, tests=None):
     "photos adapted by words, then the strong augmentation"
     return augmented(task, seed, tests, task.adapted)
 
+@method('source', 'adapted', 'drawn')
+def adapted_and_pencil(task, seed, tests=None):
+    "photos adapted by words and photos drawn by the pencil filter together, as many updates as each of the others"
+    return cnn(task, together(task.adapted, task.drawn), seed, tests, epochs=max(1, task.epochs // 2))
+
 @method('source', 'drawn')
 def source_and_pencil_augmented(task, seed, tests=None):
     "photos and pencil filter together, then the strong augmentation, as many updates as the others"
@@ -337,6 +342,12 @@ def clip_zero_shot(task, seed, tests=None):
 def clip_linear_probe(task, seed, tests=None):
     "logistic regression on the guide's features of photos"
     return probe(task.clip, clip_features(task.clip, task.source[0]), task.source[1]), None
+
+@method('source', 'adapted', 'clip', seeded=False)
+def adapted_linear_probe(task, seed, tests=None):
+    "logistic regression on the guide's features of photos and of adapted photos"
+    x, y = together(task.source, task.adapted)
+    return probe(task.clip, clip_features(task.clip, x), y), None
 
 @method('source', 'clip')
 def latent_augmentation(task, seed, tests=None):

@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
+from scipy import stats
 from sklearn.linear_model import LogisticRegression
 
 from .assets import embed_all
@@ -177,6 +178,7 @@ def figure26(ev:Evaluation, prompts:str='') -> tuple: # separated by semicolons;
     prompts = [q.strip() for q in prompts.split(';') if q.strip()] or list(PROMPTS)
     with torch.no_grad(): close = (clip.encode_text(list(prompts)) @ clip.encode_text(['sketch'])[0]).tolist()
     base = lean(ev)
+    p = base.exp.profile
     plain = seeds_of(base, 'source_only', ev.name)
     summary[f'source_only/{ev.name}/balanced_accuracy'] = over_seeds(plain)
     for prompt, sim in zip(prompts, close):
@@ -188,8 +190,10 @@ def figure26(ev:Evaluation, prompts:str='') -> tuple: # separated by semicolons;
         rows += [dict(prompt=prompt, similarity=sim, seed=s, balanced_accuracy=b) for s, b in zip(e.exp.profile.seeds, v)]
     table = pd.DataFrame(rows)
     means = table.groupby('prompt', sort=False).mean()
-    r = float(np.corrcoef(means.similarity, means.balanced_accuracy)[0, 1]) if len(prompts) > 2 else float('nan')
-    return finish_figure(ev, 'figure26', plot_prompts(table, float(np.mean(plain)), torch.stack(strip), ev.name), dict(correlation=r), summary, table, base)
+    if len(prompts) > 3 and means.balanced_accuracy.nunique() > 1:
+        r = stats.pearsonr(means.similarity, means.balanced_accuracy)
+        summary['correlation'] = dict(mean=float(r.statistic), ci95=list(map(float, r.confidence_interval())), n_seeds=len(p.seeds), interval="Fisher's z, 95 %, over the prompts")
+    return finish_figure(ev, 'figure26', plot_prompts(table, float(np.mean(plain)), torch.stack(strip), ev.name), {}, summary, table, base)
 
 def plot_prompts(table, plain:float, strip, target:str) -> plt.Figure: # source only's accuracy; [n, 3, h, w] the same face by each prompt
     "A scatter of the prompts and one face drawn by each."
@@ -400,7 +404,7 @@ def baseline_section(r:dict) -> str: # the record of figure 24
     names = [m for m in METHODS if f'{m}/{test}/balanced_accuracy' in s]
     value = lambda m, k=test: s[f'{m}/{k}/balanced_accuracy']['mean']
     blind = [m for m in names if group_of(m) in ('source only', 'words')]           # sees no target picture, and no guide at test time
-    best, ours = max(blind, key=value), max((m for m in names if group_of(m) == 'words'), key=value)
+    best, ours = max(blind, key=value), max((m for m in names if group_of(m) == 'words' and 'drawn' not in METHODS[m].sees), key=value)
     bold = lambda m, text: f'**{text}**' if m == best else text
     rows = [[bold(m, m.replace('_', ' ')), group_of(m), *(percent(s[f'{m}/{k}/balanced_accuracy']) for k in ('original', 'adapted')), bold(m, percent(s[f'{m}/{test}/balanced_accuracy'])),
              f"{s[f'{m}/{test}/accuracy']['mean']:.3f}", f"{s[f'{m}/{test}/auroc']['mean']:.3f}", percent(s.get(f'{m}_minus_source_only/{test}/balanced_accuracy'))] for m in sorted(names, key=value, reverse=True)]

@@ -419,6 +419,20 @@ def test_ctrl_c_is_130_and_tells_how_to_go_on(tmp_path, photos, weights, monkeyp
     def visible(d): return {k: v for k, v in tree(d).items() if not k.endswith(('history.csv', 'checkpoint.pt'))}   # these hold times
     assert visible(tmp_path/'out') == visible(sketches)
 
+def test_half_written_files_go_and_those_of_a_living_process_stay(tmp_path, images, unet):
+    other = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    try:
+        args = images, unet, unet, cfg, schedule, tmp_path/'out', tmp_path/'latents'
+        adapt(*args)
+        latents = next(p for p in (tmp_path/'latents').rglob('*') if p.is_file()).parent
+        living = [folder/f'x.png.{other.pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out')]
+        left = [folder/f'x.png.{pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out') for pid in (99999999, os.getpid(), 'mine')]
+        for p in (*living, *left): p.write_bytes(b'half wri')
+        adapt(*args)
+        assert all(p.exists() for p in living) and not any(p.exists() for p in left)
+    finally: other.communicate(b'\n')
+
+
 def test_a_full_disk_is_exit_code_2(tmp_path, photos, weights, monkeypatch, capsys, sketches):
     import errno
     out, real = tmp_path/'out', os.fsync

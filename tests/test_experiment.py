@@ -302,3 +302,15 @@ def test_a_record_from_before_a_field_came_can_be_compared():
     old = dict(new, config=dict(t0=400))
     assert compare_records(new, old).ok.all()
     with pytest.raises(UserError, match='compile = True and False'): compare_records(dict(new, config=dict(t0=400, compile=True)), old)
+
+
+def test_code_is_hashed_as_it_was_when_the_run_began(monkeypatch):
+    "An edit during a run would name the results of the code before it."
+    before = experiment.sources_hash('ddim')
+    assert before != experiment.sources_hash('ddim', 'adapt') and experiment.SOURCES['ddim'] == (Path(experiment.__file__).parent/'ddim.py').read_text(encoding='utf-8')
+    monkeypatch.setattr(Path, 'read_text', lambda *a, **k: pytest.fail('read again'))
+    assert experiment.sources_hash('ddim') == before
+    monkeypatch.setitem(experiment.SOURCES, 'ddim', experiment.SOURCES['ddim'] + '\nx = 1\n')
+    assert experiment.sources_hash('ddim') != before
+    monkeypatch.setitem(experiment.SOURCES, 'ddim', '# said\n' + experiment.SOURCES['ddim'].removesuffix('\nx = 1\n'))
+    assert experiment.sources_hash('ddim') == before

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffclip_da import experiment
+from diffclip_da import experiment, results
 from diffclip_da.baselines import METHODS
 from diffclip_da.core import UserError, read_json, write_json
 from diffclip_da.evaluate import Evaluation, variant
 from diffclip_da.experiment import Experiment, get_profile, given
 from diffclip_da.losses import text_direction
-from diffclip_da.results import CHAPTERS, baseline_section, few, figure28, figure29, lean, main, percent, settings_that_differ
+from diffclip_da.results import CHAPTERS, baseline_section, few, figure26, figure28, figure29, lean, main, percent, settings_that_differ
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(profile='embedded', dtype='float32', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
@@ -96,6 +96,11 @@ def test_the_page_says_so_when_ours_is_best():
     assert 'source and adapted): 72.0' in text and 'It is the best row among those that see no target picture.' in text and '| **source and adapted** |' in text
 
 
+def test_our_row_is_trained_on_nothing_but_adapted_pictures_and_photos():
+    text = baseline_section(record(source_only=.6, pencil_filter=.7, adapted=.65, adapted_and_pencil=.75, oracle=.8))
+    assert 'Trained on adapted images (adapted): 65.0' in text and 'adapted and pencil is, with 75.0' in text
+
+
 def test_variants_share_data_and_models_unless_they_differ(tmp_path):
     ev = Evaluation(Experiment(get_profile('toy', seeds='0'), tmp_path, device='cpu'))
     v = variant(ev, t0=100)
@@ -115,6 +120,20 @@ def test_few_keeps_the_share_of_the_classes(tmp_path):
     t, whole = few(ev, 8).task(()), ev.task(())
     assert len(t.source[1]) == 8 and t.source[1].float().mean() == .5 and len(whole.source[1]) == 24
     assert few(ev, 24) is ev
+
+
+def test_the_correlation_over_prompts(tmp_path, monkeypatch):
+    value = {'sketch': .7, 'cartoon': .6, 'oil painting': .55, 'line art': .65}
+    monkeypatch.setattr(results, 'seeds_of', lambda e, *a: [value[e.exp.profile.target]] * 2)
+    ev = Evaluation(Experiment(get_profile('toy', seeds='0,1'), tmp_path/'runs', tmp_path/'figures', device='cpu'))
+    s = figure26(ev, '; '.join(value))[1]['summary']
+    r = np.corrcoef([s[f'{q}/similarity']['mean'] for q in value], list(value.values()))[0, 1]
+    half = 1.959964 / np.sqrt(len(value) - 3)   # Fisher's z
+    assert s['correlation']['mean'] == pytest.approx(r)
+    assert s['correlation']['ci95'] == pytest.approx(np.tanh([np.arctanh(r) - half, np.arctanh(r) + half]), abs=1e-5)
+    assert s['correlation']['interval'].endswith('over the prompts')
+    value.update(dict.fromkeys(value, .6))
+    assert 'correlation' not in figure26(ev, '; '.join(value))[1]['summary']   # of equal numbers there is none
 
 
 def test_direction_of_figure28_is_a_mean_of_cosines(tmp_path):
