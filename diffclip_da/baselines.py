@@ -7,10 +7,11 @@ __all__ = ['METHODS', 'STRONG', 'Task', 'Method', 'method', 'cnn', 'together', '
            'adapted', 'source_and_adapted', 'control_reconstruction', 'oracle', 'to_grey', 'sobel_edges', 'half',
            'strongly', 'grayscale', 'edge_augmentation', 'strong_augmentation', 'pencil_filter', 'augmented',
            'pencil_augmented', 'adapted_augmented', 'adapted_and_pencil', 'source_and_pencil_augmented',
-           'source_and_adapted_augmented', 'adapted_varied', 'adain', 'style_transfer', 'NormCNN', 'batch_norms',
-           'adapt_norms', 'binary_entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss',
-           'ReverseGradient', 'features', 'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot',
-           'clip_linear_probe', 'adapted_linear_probe', 'latent_augmentation', 'move_features']
+           'source_and_adapted_augmented', 'adapted_varied', 'standardised', 'reframed', 'steady',
+           'source_only_reframed', 'adapted_reframed', 'pencil_reframed', 'adain', 'style_transfer', 'NormCNN',
+           'batch_norms', 'adapt_norms', 'binary_entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent',
+           'coral_loss', 'ReverseGradient', 'features', 'train_aligned', 'coral', 'dann', 'clip_features', 'probe',
+           'clip_zero_shot', 'clip_linear_probe', 'adapted_linear_probe', 'latent_augmentation', 'move_features']
 
 # %% ../nbs/15b_baselines.ipynb #50107b3a
 import copy
@@ -195,6 +196,38 @@ def source_and_adapted_augmented(task, seed, tests=None):
 def adapted_varied(task, seed, tests=None):
     "photos adapted by several wordings and fine-tunings, together as many updates as the others, then the strong augmentation"
     return augmented(task, seed, tests, task.adapted, *((x, task.varied[1]) for x in task.varied[0]))
+
+# %% ../nbs/15b_baselines.ipynb #9e0b5f3a
+def standardised(x): # [b, 3, h, w] -> same shape
+    "Each picture with mean 0 and standard deviation 1/2."
+    m, s = (f(x, (1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
+    return (x - m) / (2 * s + 1e-5)
+
+def reframed(x, generator=None): # [b, 3, h, w] -> same shape
+    "Each picture moved a little, its edges continued; torchvision draws from the global generator, which the training seeds."
+    size = x.shape[-1]
+    move = v2.Compose([v2.RandomHorizontalFlip(), v2.Pad(size // 4, padding_mode='edge'),
+                       v2.RandomAffine(10, (.05, .05), (.85, 1.15), 10, v2.InterpolationMode.BILINEAR), v2.CenterCrop(size)])
+    return torch.stack([move(u) for u in x])
+
+def steady(task, seed, tests, train): # (x, y)
+    "Trained on `train` reframed; every picture standardised."
+    return cnn(task, train, seed, tests, augment=reframed, before=standardised)
+
+@method('source')
+def source_only_reframed(task, seed, tests=None):
+    "photos reframed and standardised"
+    return steady(task, seed, tests, task.source)
+
+@method('source', 'adapted')
+def adapted_reframed(task, seed, tests=None):
+    "photos adapted by words, reframed and standardised"
+    return steady(task, seed, tests, task.adapted)
+
+@method('source', 'drawn')
+def pencil_reframed(task, seed, tests=None):
+    "pencil filter, reframed and standardised"
+    return steady(task, seed, tests, task.drawn)
 
 # %% ../nbs/15b_baselines.ipynb #ef120cad
 def adain(x, style): # [b, 3, h, w], twice
