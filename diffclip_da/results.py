@@ -159,12 +159,14 @@ def few(ev:Evaluation, n:int) -> Evaluation: # n labelled photos at most
 def plot_sweeps(table:pd.DataFrame, target:str) -> plt.Figure:
     "One panel for each setting."
     set_style()
-    panels = list(table.panel.unique())
+    table = table.assign(line=table.method.str.replace('_', ' ') + ', tested on ' + table.test)
+    panels, lines = table.panel.unique(), table.line.unique()
+    palette = dict(zip(lines, sns.color_palette('colorblind', len(lines))))
     fig, axs = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.6), sharey=True, layout='constrained')
     for ax, name in zip(axs, panels):
-        r = table[table.panel == name].assign(line=lambda t: t.method.str.replace('_', ' ') + ', tested on ' + t.test)
+        r = table[table.panel == name]
         values = sorted(r.x.unique())
-        sns.pointplot(r.assign(x=r.x.map(values.index)), x='x', y='balanced_accuracy', hue='line', errorbar=(lambda v: t_interval(v)['ci95'] or (v.mean(), v.mean())), dodge=.15, ax=ax, native_scale=True)
+        sns.pointplot(r.assign(x=r.x.map(values.index)), x='x', y='balanced_accuracy', hue='line', palette=palette, errorbar=(lambda v: t_interval(v)['ci95'] or (v.mean(), v.mean())), dodge=.15, ax=ax, native_scale=True)
         ax.set(title=name, xlabel='', ylabel='balanced accuracy', xticks=range(len(values)), xticklabels=values)
         ax.legend(fontsize=7, title=None, loc='upper left' if name == panels[0] else 'lower right')
     return fig
@@ -200,12 +202,21 @@ def plot_prompts(table, plain:float, strip, target:str) -> plt.Figure: # source 
     set_style()
     fig = plt.figure(figsize=(12, 5.6), layout='constrained')
     top, bottom = fig.subfigures(2, 1, height_ratios=(3, 1))
-    ax = top.subplots()
-    for k, (name, g) in enumerate(table.sort_values('similarity', kind='stable').groupby('prompt', sort=False)):
+    ax, names = top.subplots(), []
+    for name, g in table.groupby('prompt'):
         i = t_interval(g.balanced_accuracy)
         lo, hi = i['ci95'] or (i['mean'],) * 2
         ax.errorbar(g.similarity.iloc[0], i['mean'], [[i['mean'] - lo], [hi - i['mean']]], fmt='o', color=COLOURS['adapted'], capsize=2)
-        ax.annotate(name, (g.similarity.iloc[0], i['mean']), xytext=(5, (4, -11)[k % 2]), textcoords='offset points', fontsize=9)
+        names.append((i['mean'], g.similarity.iloc[0], name))
+    gap, placed = .055 * np.ptp(ax.get_ylim()), []
+    for y, x, name in sorted(names):           # bottom up; a name that would cover another moves above it
+        at, end = y, x + .02 + .008 * len(name)
+        for a, b, q in placed:
+            if a < end and x < b: at = max(at, q + gap)
+        placed.append((x, end, at))
+        ax.annotate(name, (x, y), xytext=(x + .02, at), va='center', fontsize=9,
+                    arrowprops=dict(arrowstyle='-', lw=.5, color=COLOURS['other'], relpos=(0, .5)))
+    ax.set_xlim(right=1.12)
     ax.axhline(plain, ls='--', color=COLOURS['source'], label='trained on photos')
     ax.set(xlabel='cosine between the prompt and "sketch" in the guide', ylabel=f'balanced accuracy on {target}'); ax.legend()
     for ax, x, name in zip(bottom.subplots(1, len(strip)), strip, table.prompt.unique()):
