@@ -5,7 +5,7 @@ CELEBA  ?=
 FS2K    ?=
 OUT     ?= runs/assets
 JUDGE   ?=
-OTHER   ?= $(wildcard runs/guide/clip)
+OTHER   ?= $(patsubst %/card.json,%,$(wildcard runs/guide/clip/card.json))
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -33,12 +33,12 @@ figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELE
 	done
 	@ls figures/$(PROFILE)/*.png
 
-results: $(STAMP) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, JUDGE=file, OTHER=folder of a second guide)
+results: $(STAMP) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, JUDGE=file, OTHER=folder of a second guide, which is trained if there is none)
 	@mkdir -p runs/$(PROFILE)
-	@for n in 23 24 25 26 27 28 $(if $(OTHER),29); do \
+	@for n in 23 24 25 26 27 28 29; do \
 	  case $$n in \
 	    27) set -- $(if $(JUDGE),-p judge "$(abspath $(JUDGE))");; \
-	    29) set -- -p other "$(abspath $(OTHER))";; \
+	    29) $(if $(OTHER),:,$(if $(and $(CELEBA),$(FS2K)),$(MAKE) guide,continue)) || exit 1; set -- -p other "$(abspath $(or $(OTHER),runs/guide/clip))";; \
 	    *) set --;; \
 	  esac; \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
