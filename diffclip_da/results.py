@@ -180,7 +180,6 @@ def figure26(ev:Evaluation, prompts:str='') -> tuple: # separated by semicolons;
     prompts = [q.strip() for q in prompts.split(';') if q.strip()] or list(PROMPTS)
     with torch.no_grad(): close = (clip.encode_text(list(prompts)) @ clip.encode_text(['sketch'])[0]).tolist()
     base = lean(ev)
-    p = base.exp.profile
     plain = seeds_of(base, 'source_only', ev.name)
     summary[f'source_only/{ev.name}/balanced_accuracy'] = over_seeds(plain)
     for prompt, sim in zip(prompts, close):
@@ -194,7 +193,7 @@ def figure26(ev:Evaluation, prompts:str='') -> tuple: # separated by semicolons;
     means = table.groupby('prompt', sort=False).mean()
     if len(prompts) > 3 and means.balanced_accuracy.nunique() > 1:
         r = stats.pearsonr(means.similarity, means.balanced_accuracy)
-        summary['correlation'] = dict(mean=float(r.statistic), ci95=list(map(float, r.confidence_interval())), n_seeds=len(p.seeds), interval="Fisher's z, 95 %, over the prompts")
+        summary['correlation'] = dict(mean=float(r.statistic), ci95=list(map(float, r.confidence_interval())), n_seeds=len(plain), interval="Fisher's z, 95 %, over the prompts")
     return finish_figure(ev, 'figure26', plot_prompts(table, float(np.mean(plain)), torch.stack(strip), ev.name), {}, summary, table, base)
 
 def plot_prompts(table, plain:float, strip, target:str) -> plt.Figure: # source only's accuracy; [n, 3, h, w] the same face by each prompt
