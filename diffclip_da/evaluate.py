@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ROLES', 'HELD_OUT', 'VARIED', 'draw_set', 'find_fs2k', 'check_roles', 'Evaluation', 'open_evaluation', 'variant',
-           'recalls', 'paired_bootstrap', 'over_seeds', 'group_of', 'closed']
+           'modules_of', 'recalls', 'paired_bootstrap', 'over_seeds', 'group_of', 'closed']
 
 # %% ../nbs/15c_evaluate.ipynb #51cdef1a
 import copy
@@ -20,11 +20,12 @@ from PIL import Image
 from scipy import stats
 
 from .adapt import AdaptConfig, adapt, describe_run
-from .baselines import METHODS, Task
+from .baselines import METHODS, Method, Task
+from .budget import same_budget
 from .classify import score
 from .core import UserError, atomic_write, canonical_hash, read_json, write_json
 from .data import ImageSet, Store, fs2k
-from .experiment import MEASURES, SPLITS, Experiment, find_folder, get_profile, image_interval, sources_hash, t_interval, whole_sets
+from .experiment import MEASURES, SOURCES, SPLITS, Experiment, find_folder, get_profile, image_interval, sources_hash, t_interval, whole_sets
 from .finetune import tensor_hash, weights_hash
 from .styles import render
 
@@ -152,6 +153,10 @@ def tests(self:Evaluation) -> dict: # 'original', 'adapted' and the target's nam
     return self._tests
 
 # %% ../nbs/15c_evaluate.ipynb #82b8f023
+def modules_of(m:Method) -> list: # names of this package's modules
+    "Whose code makes a method's answer; an edit of one voids the cached answers."
+    return [k for k in dict.fromkeys(('classify', 'baselines', m.fit.__module__.split('.')[-1])) if k in SOURCES]
+
 @patch
 def answer(self:Evaluation, name:str, seed:int, tests=None, # of `METHODS`; name -> (x, y), None: `tests()`
            history=False) -> dict: # measure after each epoch, too -> dict(p={test: probabilities}, history=...)
@@ -163,7 +168,7 @@ def answer(self:Evaluation, name:str, seed:int, tests=None, # of `METHODS`; name
     if 'target' in m.sees: data.append(tensor_hash(task.target))
     if 'clip' in m.sees: data.append([weights_hash(task.clip), task.words, task.classes])
     data += [[k, tensor_hash(x), tensor_hash(y)] for k, (x, y) in tests.items()]
-    with self.stage(f'{name} {seed}', canonical_hash([name, seed, task.epochs, task.batch_size, task.lr, task.dtype, history, data, sources_hash('classify', 'baselines')])) as folder:
+    with self.stage(f'{name} {seed}', canonical_hash([name, seed, task.epochs, task.batch_size, task.lr, task.dtype, history, data, sources_hash(*modules_of(m))])) as folder:
         if not (folder/'answer.json').exists():
             predict, h = m.fit(task, seed, tests if history else None)
             write_json(folder/'answer.json', dict(p={k: predict(x).double().tolist() for k, (x, y) in tests.items()}, history=h.to_dict('list') if history else None))
@@ -192,7 +197,7 @@ def over_seeds(values) -> dict: # one number for each training
 
 @patch
 def compare(self:Evaluation, methods=tuple(METHODS), reference='source_only') -> dict: # -> summary
-    "`<method>/<test>/<measure>` over seeds, and `<method>_minus_<reference>/<test>/balanced_accuracy` over test images."
+    "`<method>/<test>/<measure>` over seeds, and `<method>_minus_<reference>/<test>/balanced_accuracy` over test images, for the reference of the method's own budget too."
     seeds, tests = self.exp.profile.seeds, self.tests()
     if reference not in methods: raise UserError(f'{reference} is what the others are compared with; leave it among the methods')
     p = {m: [self.answer(m, s)['p'] for s in (seeds if METHODS[m].seeded else seeds[:1])] for m in methods}
@@ -202,7 +207,8 @@ def compare(self:Evaluation, methods=tuple(METHODS), reference='source_only') ->
             rows = pd.DataFrame([score(y, a[k]) for a in p[m]])
             for c in MEASURES: summary[f'{m}/{k}/{c}'] = over_seeds(rows[c])
             summary[f'{m}/{k}/accuracy']['ci95_images'] = image_interval(rows.accuracy.mean(), len(y))
-            if m != reference: summary[f'{m}_minus_{reference}/{k}/balanced_accuracy'] = paired_bootstrap(y, [a[k] for a in p[m]], [a[k] for a in p[reference]])
+            for r in dict.fromkeys((reference, same_budget(m, reference))):
+                if r in methods and r != m: summary[f'{m}_minus_{r}/{k}/balanced_accuracy'] = paired_bootstrap(y, [a[k] for a in p[m]], [a[k] for a in p[r]])
     return summary
 
 def group_of(m:str) -> str: # a key of `METHODS`
@@ -211,6 +217,6 @@ def group_of(m:str) -> str: # a key of `METHODS`
     return 'target labels' if 'oracle' in sees else 'target pictures' if 'target' in sees else 'the guide' if 'clip' in sees else 'words' if 'adapted' in sees else 'source only'
 
 def closed(summary:dict, method:str, test:str) -> float: # share of the gap between source only and oracle
-    "How much of the way from *source only* to the oracle a method goes."
-    a, b, c = (summary[f'{m}/{test}/balanced_accuracy']['mean'] for m in ('source_only', method, 'oracle'))
+    "How much of the way from *source only* to the oracle, both by its own budget, a method goes."
+    a, b, c = (summary[f'{m}/{test}/balanced_accuracy']['mean'] for m in (same_budget(method, 'source_only'), method, same_budget(method, 'oracle')))
     return (b - a) / (c - a) if c != a else float('nan')

@@ -6,6 +6,7 @@ from sklearn.metrics import balanced_accuracy_score
 
 from diffclip_da.baselines import (METHODS, NormCNN, ReverseGradient, Task, adain, adapt_norms, clip_features, coral_loss, half, move_features,
                                    sobel_edges, strongly, tent_steps, to_grey, train_aligned)
+from diffclip_da import budget
 from diffclip_da.clip import tiny_clip, zero_shot
 from diffclip_da.core import new_generator
 
@@ -37,7 +38,7 @@ def test_labels_of_the_target_reach_the_oracle_alone(task, name):
     x, m = pictures(9), METHODS[name]
     before = m.fit(task, 0)[0](x)
     task.oracle = (task.oracle[0], 1 - task.oracle[1])
-    assert torch.equal(m.fit(task, 0)[0](x), before) == (name != 'oracle')
+    assert torch.equal(m.fit(task, 0)[0](x), before) == (name not in ('oracle', 'oracle_long'))
 
 
 @pytest.mark.parametrize('name', [n for n, m in METHODS.items() if m.seeded and n != 'majority'])
@@ -113,3 +114,32 @@ def test_moved_features_have_unit_length_and_go_along():
     assert torch.allclose(m.norm(dim=1), torch.ones(100), atol=1e-5)
     assert torch.cosine_similarity(m - z, d[None]).mean() > .5 and balanced_accuracy_score(y, (m @ classes.T).argmax(1)) > .8
     assert clip_features(tiny_clip(), pictures(0)).norm(dim=1).numpy() == pytest.approx(1, abs=1e-5)
+
+
+LONG = [n for n in METHODS if n.endswith('_long')]
+
+
+@pytest.mark.parametrize('name', LONG)
+def test_every_long_row_sees_as_many_pictures(task, monkeypatch, name):
+    seen = []
+    monkeypatch.setattr(budget, 'cnn', lambda task, train, seed, tests, augment, epochs: seen.append((len(train[1]) * epochs, augment)) or (None, None))
+    task.epochs = 6
+    METHODS[name].fit(task, 0)
+    assert seen == [(budget.LONGER * 6 * 20, budget.moved_and_recoloured)]
+
+
+def test_every_long_row_has_its_photos_and_its_oracle():
+    assert len(LONG) == 6
+    for n in LONG: assert {budget.same_budget(n, 'source_only'), budget.same_budget(n, 'oracle')} <= set(LONG)
+    assert budget.same_budget('adapted', 'oracle') == 'oracle'
+
+
+def test_moved_and_recoloured_does_both():
+    x = torch.zeros(64, 3, 16, 16) - .5
+    x[:, 0] = .9   # red everywhere: a move alone leaves it
+    torch.manual_seed(0)
+    y = budget.moved_and_recoloured(x)
+    assert y.shape == x.shape and (y - x).abs().amax((1, 2, 3)).gt(.05).float().mean() > .9
+    ramp = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)
+    z = budget.moved_and_recoloured(ramp)
+    assert (z.std(2).amax((1, 2)) > .01).float().mean() > .8   # columns are no longer even: turned or sheared

@@ -10,10 +10,10 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from conftest import encoded, picture, write_celeba
-from diffclip_da.baselines import METHODS
+from diffclip_da.baselines import METHODS, Method
 from diffclip_da.core import UserError
 from diffclip_da.data import celeba, fs2k
-from diffclip_da.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, paired_bootstrap, recalls
+from diffclip_da.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, modules_of, paired_bootstrap, recalls
 from diffclip_da.experiment import Experiment, get_profile
 
 ROOT = Path(__file__).parents[1]
@@ -124,6 +124,18 @@ def test_recalls_are_balanced_accuracy():
     rng = np.random.default_rng(0)
     y, p = rng.integers(0, 2, (2, 50))
     assert recalls(y == p, y) == pytest.approx(balanced_accuracy_score(y, p))
+
+
+def test_a_larger_budget_is_compared_with_its_own_photos(toy):
+    s = toy.compare(('source_only', 'source_only_long', 'adapted_long', 'oracle', 'oracle_long'))
+    assert {k.split('/')[0] for k in s if '_minus_' in k} == {f'{m}_minus_source_only' for m in ('source_only_long', 'adapted_long', 'oracle', 'oracle_long')} | {f'{m}_minus_source_only_long' for m in ('adapted_long', 'oracle_long')}
+    mean = lambda m: s[f'{m}/pencil/balanced_accuracy']['mean']
+    assert s['adapted_long_minus_source_only_long/pencil/balanced_accuracy']['mean'] == pytest.approx(mean('adapted_long') - mean('source_only_long'))
+
+
+def test_an_answer_hangs_on_the_code_that_makes_it():
+    assert modules_of(METHODS['adapted']) == ['classify', 'baselines'] and modules_of(METHODS['adapted_long']) == ['classify', 'baselines', 'budget']
+    assert modules_of(Method(test_drawings_are_the_same_each_time)) == ['classify', 'baselines']   # a reader's own method
 
 
 def test_bootstrap_covers_what_it_should():

@@ -96,6 +96,17 @@ def test_the_page_says_so_when_ours_is_best():
     assert 'Trained on adapted images: 70.0' in text and 'The best of its variants, chosen after the fact, is source and adapted: 72.0' in text and 'It is the best row among those that see no target picture.' in text and '| **source and adapted** |' in text
 
 
+def test_the_larger_budget_is_read_against_its_own_photos():
+    r = record(source_only=.6, pencil_filter=.65, adapted=.7, oracle=.8, source_only_long=.66, adapted_long=.68, pencil_long=.73, oracle_long=.86)
+    for m, v in dict(adapted_long=.02, pencil_long=.07, oracle_long=.2).items(): r['summary'][f'{m}_minus_source_only_long/fs2k/balanced_accuracy'] = dict(mean=v, ci95=[v - .01, v + .01], n_seeds=5)
+    text = baseline_section(r)
+    short, long = text.split('\n\n')[:2]
+    assert '50% of the gap' in short and 'It is the best row' in short
+    assert 'Trained on adapted images: 68.0' in long and '2.0 [1.0, 3.0] points against source only long' in long and '10% of the gap' in long and 'pencil long is, with 73.0' in long
+    row = next(l for l in text.splitlines() if l.startswith('| adapted long'))
+    assert row.endswith('2.0 [1.0, 3.0] |') and '| **pencil long** |' in text and '| **adapted** |' in text
+
+
 def test_our_row_is_trained_on_nothing_but_adapted_pictures_and_photos():
     text = baseline_section(record(source_only=.6, pencil_filter=.7, adapted=.65, adapted_and_pencil=.75, oracle=.8))
     assert 'Trained on adapted images: 65.0' in text and 'variants' not in text and 'adapted and pencil is, with 75.0' in text
