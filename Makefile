@@ -44,11 +44,11 @@ results: $(STAMP) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folde
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(if $(FS2K),-p fs2k "$(abspath $(FS2K))") "$$@" $(ARGS) || exit 1; \
 	done
-	$(BIN)/python -m diffclip_da.results $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
+	$(BIN)/python -m diffclip_da.study.results $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
 
 guide: $(STAMP) ## a second guide that never saw a hand-drawn sketch, for Figure 29: CELEBA=folder FS2K=folder, into runs/guide
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" || { echo "give CELEBA=folder FS2K=folder (FS2K only measures the result)"; exit 2; }
-	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out runs/guide/clip --work runs/guide/train --n-sketches 0 --n-photos 0 --steps 4000 --rounds 4 --bf16
+	$(BIN)/python -m diffclip_da.workshop.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out runs/guide/clip --work runs/guide/train --n-sketches 0 --n-photos 0 --steps 4000 --rounds 4 --bf16
 
 test: $(STAMP) ## every notebook (nbdev_test), then the test suite
 	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 $(BIN)/nbdev_test --n_workers 2
@@ -61,7 +61,7 @@ verify: $(STAMP) ## compare figures/$(PROFILE)/*.json with the committed ones, w
 	@mkdir -p runs
 	@for n in 2 3 4; do \
 	  git show HEAD:figures/$(PROFILE)/figure$$n.json > runs/committed.json && \
-	  $(BIN)/python -m diffclip_da.experiment compare figures/$(PROFILE)/figure$$n.json runs/committed.json || exit 1; \
+	  $(BIN)/python -m diffclip_da.study.experiment compare figures/$(PROFILE)/figure$$n.json runs/committed.json || exit 1; \
 	done
 
 lab: $(STAMP) ## JupyterLab on the notebooks
@@ -69,10 +69,10 @@ lab: $(STAMP) ## JupyterLab on the notebooks
 
 assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, into $(OUT)
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" -a -n "$(TEACHER)" || { echo "give CELEBA=folder FS2K=folder TEACHER=mobilefacenet.pt"; exit 2; }
-	$(BIN)/python -m diffclip_da.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v
-	$(BIN)/python -m diffclip_da.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out $(OUT)/clip --work $(OUT)/train_clip
-	$(BIN)/python -m diffclip_da.train_embedder --celeba "$(CELEBA)" --teacher "$(TEACHER)" --out $(OUT)/embedder
-	$(BIN)/python -m diffclip_da.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --scale 1 --draw 3 --out $(OUT)
+	$(BIN)/python -m diffclip_da.models.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v
+	$(BIN)/python -m diffclip_da.workshop.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out $(OUT)/clip --work $(OUT)/train_clip
+	$(BIN)/python -m diffclip_da.workshop.train_embedder --celeba "$(CELEBA)" --teacher "$(TEACHER)" --out $(OUT)/embedder
+	$(BIN)/python -m diffclip_da.workshop.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --scale 1 --draw 3 --out $(OUT)
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --wheel

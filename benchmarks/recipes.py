@@ -19,13 +19,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from diffclip_da.adapt import AdaptConfig, adapt
-from diffclip_da.classify import predict, train_classifier
-from diffclip_da.clip import zero_shot
-from diffclip_da.core import atomic_write, friendly_exit, image_grid, to_pil
-from diffclip_da.experiment import Experiment, get_profile, load_guide
-from diffclip_da.losses import grid_loss, text_direction
-from diffclip_da.train_embedder import load_teacher
+from diffclip_da.adaptation.adapt import AdaptConfig, adapt
+from diffclip_da.study.classify import predict, train_classifier
+from diffclip_da.models.clip import zero_shot
+from diffclip_da.core import friendly_exit, image_grid, to_pil
+from diffclip_da.store import atomic_write
+from diffclip_da.study.experiment import Experiment, get_profile, load_guide
+from diffclip_da.adaptation.losses import grid_loss, text_direction
+from diffclip_da.workshop.train_embedder import load_teacher
 
 # the recipe that the search began with; the profiles now hold what it ended with
 BEFORE = dict(n_images=50, passes=6, lr=6e-5, l1_weight=.3)

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DModel
 
-from diffclip_da.adapt import AdaptConfig, Pipeline
-from diffclip_da.classify import predict, train_classifier
-from diffclip_da.core import default_device, friendly_exit, read_json, versions, write_json
+from diffclip_da.adaptation.adapt import AdaptConfig, Pipeline
+from diffclip_da.study.classify import predict, train_classifier
+from diffclip_da.core import default_device, friendly_exit
+from diffclip_da.store import read_json, versions, write_json
 from diffclip_da.data import shipped_faces
-from diffclip_da.ddim import reconstruct
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.unet import EpsUNet, load_unet
+from diffclip_da.diffusion.ddim import reconstruct
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.unet import EpsUNet, load_unet
 
 HERE, T0, BATCH = Path(__file__).parent, 400, 8
 SCHEDULE = linear_schedule()
@@ -155,10 +156,10 @@ def big(args, device):
 
 GROWTH = '''
 import sys, resource, torch, time
-from diffclip_da.adapt import AdaptConfig, adapt
+from diffclip_da.adaptation.adapt import AdaptConfig, adapt
 from diffclip_da.data import image_folder
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.unet import tiny_unet
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.unet import tiny_unet
 photos, out = sys.argv[1:]
 images, net = image_folder(photos), tiny_unet(64)
 tic = time.perf_counter()
@@ -191,12 +192,12 @@ import torch, open_clip
 from diffusers import UNet2DModel
 sys.path.insert(0, sys.argv[1])
 from speed import CELEBAHQ
-from diffclip_da.clip import Clip
-from diffclip_da.ddim import step_pairs
-from diffclip_da.finetune import FinetuneConfig, FinetuneLoss, accumulate_gradients
+from diffclip_da.models.clip import Clip
+from diffclip_da.diffusion.ddim import step_pairs
+from diffclip_da.adaptation.finetune import FinetuneConfig, FinetuneLoss, accumulate_gradients
 from diffclip_da.core import new_generator
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.unet import EpsUNet
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.unet import EpsUNet
 torch.manual_seed(0)
 grad, steps, half = sys.argv[2], int(sys.argv[3]), sys.argv[4] == 'bfloat16'
 net = EpsUNet(UNet2DModel(**CELEBAHQ)).eval()

@@ -15,13 +15,14 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from diffclip_da.baselines import cnn, Task
-from diffclip_da.classify import score
-from diffclip_da.core import atomic_write, friendly_exit, image_grid, to_pil
+from diffclip_da.study.baselines import cnn, Task
+from diffclip_da.study.classify import score
+from diffclip_da.core import friendly_exit, image_grid, to_pil
+from diffclip_da.store import atomic_write
 from diffclip_da.data import celeba
-from diffclip_da.evaluate import draw_set
-from diffclip_da.experiment import Experiment, find_celeba, get_profile
-from diffclip_da.losses import grid_loss, text_direction
+from diffclip_da.study.evaluate import draw_set
+from diffclip_da.study.experiment import Experiment, find_celeba, get_profile
+from diffclip_da.adaptation.losses import grid_loss, text_direction
 
 PLAIN = dict(id_weight=.3, grid_weight=3., colour_weight=0., n_crops=2, augment_scale=.8, augment_blur=0.)
 COLOUR = PLAIN | dict(colour_weight=3.)

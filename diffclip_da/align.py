@@ -15,7 +15,8 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from .core import UserError, atomic_write, progress
+from .core import UserError, progress
+from .store import atomic_write
 from .data import ImageSet, Store
 
 # %% ../nbs/06b_align.ipynb #e22875a7

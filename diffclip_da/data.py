@@ -18,8 +18,8 @@ import torch
 from fastcore.basics import patch
 from PIL import Image, ImageOps
 
-from .core import (UserError, asset_file, atomic_write, canonical_hash, from_uint8, load_card, new_generator,
-                              read_json, sha256_bytes)
+from .core import UserError, from_uint8, new_generator
+from .store import asset_file, atomic_write, canonical_hash, load_card, read_json, sha256_bytes
 
 # %% ../nbs/06_data.ipynb #8e1e0543
 def to_rgb(im:Image.Image) -> Image.Image:

@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-import diffclip_da.adapt as A
-from diffclip_da.adapt import SHIPPED_RECIPE, AdaptConfig, Batches, adapt, adapt_folder, check_images, fast, file_names, load_adapted, main, recipe
-from diffclip_da.core import UserError, new_generator, sha256_file
+import diffclip_da.adaptation.adapt as A
+from diffclip_da.adaptation.adapt import SHIPPED_RECIPE, AdaptConfig, Batches, adapt, adapt_folder, check_images, fast, file_names, load_adapted, main, recipe
+from diffclip_da.core import UserError, new_generator
+from diffclip_da.store import sha256_file
 from diffclip_da.data import image_folder
-from diffclip_da.experiment import PROFILES
-from diffclip_da.finetune import FinetuneConfig
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.unet import save_unet, tiny_unet
+from diffclip_da.study.experiment import PROFILES
+from diffclip_da.adaptation.finetune import FinetuneConfig
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.unet import save_unet, tiny_unet
 from test_finetune import Net, clip_folder
 
 schedule = linear_schedule()
@@ -86,7 +87,7 @@ def test_unlabelled_images_and_one_image(tmp_path, photos, unet, tuned):
 def test_what_the_arithmetic_is(tmp_path, images, unet, tuned):
     "One image, by the two sampler calls that `adapt` promises."
     from diffclip_da.core import to_uint8
-    from diffclip_da.ddim import invert, sample, step_pairs
+    from diffclip_da.diffusion.ddim import invert, sample, step_pairs
     one = images.subset(['b/4.jpg'])
     for which, inverter in (('pretrained', unet), ('finetuned', tuned)):
         got = adapt(one, unet, tuned, replace(cfg, inversion_model=which), schedule, tmp_path/which)

@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from diffclip_da.adapt import main
+from diffclip_da.adaptation.adapt import main
 from diffclip_da.align import TEMPLATE, align_faces, find_face, fit_similarity, warp
 from diffclip_da.core import UserError
 from diffclip_da.data import image_folder
-from diffclip_da.unet import save_unet, tiny_unet
+from diffclip_da.models.unet import save_unet, tiny_unet
 from test_finetune import clip_folder
 
 

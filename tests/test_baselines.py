@@ -4,10 +4,10 @@ import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from diffclip_da.baselines import (METHODS, NormCNN, ReverseGradient, Task, adain, adapt_norms, clip_features, coral_loss, half, move_features,
+from diffclip_da.study.baselines import (METHODS, NormCNN, ReverseGradient, Task, adain, adapt_norms, clip_features, coral_loss, half, move_features,
                                    sobel_edges, strongly, tent_steps, to_grey, train_aligned)
-from diffclip_da import budget
-from diffclip_da.clip import tiny_clip, zero_shot
+from diffclip_da.study import budget
+from diffclip_da.models.clip import tiny_clip, zero_shot
 from diffclip_da.core import new_generator
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffclip_da.classify import (CLASSIFIERS, PaperCNN, SmallCNN, at_epoch, check_labelled, evaluate, new_classifier, predict, score,
+from diffclip_da.study.classify import (CLASSIFIERS, PaperCNN, SmallCNN, at_epoch, check_labelled, evaluate, new_classifier, predict, score,
                                   selected_epoch, train_classifier)
 from diffclip_da.core import UserError
 

@@ -5,8 +5,9 @@ import numpy as np, pytest, torch
 from torch.nn import functional as F
 
 from diffclip_da import clip as C, train_clip as T
-from diffclip_da.clip import TEMPLATES, TINY, Clip, ClipEnsemble, class_features, fill, load_clip, new_clip, tiny_clip, zero_shot
-from diffclip_da.core import UserError, asset_dir, load_card
+from diffclip_da.models.clip import TEMPLATES, TINY, Clip, ClipEnsemble, class_features, fill, load_clip, new_clip, tiny_clip, zero_shot
+from diffclip_da.core import UserError
+from diffclip_da.store import asset_dir, load_card
 
 
 @pytest.fixture(scope='module')

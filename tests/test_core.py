@@ -16,11 +16,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from diffclip_da import core
-from diffclip_da.core import (COLOURS, UserError, asset_file, atomic_write, canonical_hash, check_sha256, default_device,
-                              friendly_exit, from_pil, from_uint8, git_commit, image_grid, load_card, make_record, new_generator,
-                              progress, read_json, save_figure, set_seed, sha256_bytes, sha256_file, show_images, state_hash,
-                              to_pil, to_uint8, validate_record, versions, write_json)
+from diffclip_da import core, store
+from diffclip_da.core import (COLOURS, UserError, default_device, friendly_exit, from_pil, from_uint8,
+                              image_grid, new_generator, progress, set_seed, show_images, to_pil, to_uint8)
+from diffclip_da.study.figures import make_record, save_figure, validate_record
+from diffclip_da.store import (asset_file, atomic_write, canonical_hash, check_sha256, git_commit,
+                               load_card, read_json, sha256_bytes, sha256_file, state_hash, versions,
+                               write_json)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------------------

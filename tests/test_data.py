@@ -12,7 +12,8 @@ import torch
 from conftest import celeba_rows, encoded, picture, write_celeba
 from PIL import Image
 
-from diffclip_da.core import UserError, from_pil, sha256_bytes, write_json
+from diffclip_da.core import UserError, from_pil
+from diffclip_da.store import sha256_bytes, write_json
 from diffclip_da.data import (CELEBA_CROP, ImageSet, Store, celeba, check_splits, crop_image, decode, fs2k, image_folder,
                               labelled_split, shipped_faces, to_rgb)
 

@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.ddim import (INVERSIONS, check_pairs, ddim_sigma, ddim_step, evaluations, gaussian_angle, gaussian_flow,
+from diffclip_da.diffusion.ddim import (INVERSIONS, check_pairs, ddim_sigma, ddim_step, evaluations, gaussian_angle, gaussian_flow,
                               invert, reconstruct, sample, step_pairs)
-from diffclip_da.forward import predict_x0
-from diffclip_da.reverse import GaussianDenoiser, MixtureDenoiser, posterior
-from diffclip_da.schedule import cosine_schedule, linear_schedule
+from diffclip_da.diffusion.forward import predict_x0
+from diffclip_da.diffusion.reverse import GaussianDenoiser, MixtureDenoiser, posterior
+from diffclip_da.diffusion.schedule import cosine_schedule, linear_schedule
 
 S = linear_schedule()
 

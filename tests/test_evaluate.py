@@ -10,11 +10,11 @@ import torch
 from sklearn.metrics import balanced_accuracy_score
 
 from conftest import encoded, picture, write_celeba
-from diffclip_da.baselines import METHODS, Method
+from diffclip_da.study.baselines import METHODS, Method
 from diffclip_da.core import UserError
 from diffclip_da.data import celeba, fs2k
-from diffclip_da.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, modules_of, paired_bootstrap, recalls
-from diffclip_da.experiment import Experiment, get_profile
+from diffclip_da.study.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, modules_of, paired_bootstrap, recalls
+from diffclip_da.study.experiment import Experiment, get_profile
 
 ROOT = Path(__file__).parents[1]
 

@@ -13,13 +13,15 @@ import pytest
 import torch
 from scipy import stats
 
-from diffclip_da import experiment
-from diffclip_da.adapt import AdaptConfig
-from diffclip_da.core import UserError, read_json, validate_record, write_json
-from diffclip_da.experiment import (PAPER_NUMBERS, PROFILES, RENAMED, SPLITS, Experiment, Profile, compare_records, figure2, figure3, figure4,
+from diffclip_da.study import experiment
+from diffclip_da.adaptation.adapt import AdaptConfig
+from diffclip_da.core import UserError
+from diffclip_da.study.figures import validate_record
+from diffclip_da.store import read_json, write_json
+from diffclip_da.study.experiment import (PAPER_NUMBERS, PROFILES, RENAMED, SPLITS, Experiment, Profile, compare_records, figure2, figure3, figure4,
                                     find_celeba, get_profile, given, image_interval, load_guide, load_models, load_splits, main, paired,
                                     repo_root, results_table, summarise, t_interval, tolerances, toy_faces)
-from diffclip_da.finetune import FinetuneConfig
+from diffclip_da.adaptation.finetune import FinetuneConfig
 
 REPO = Path(__file__).parent.parent
 NOTEBOOKS = dict(figure2='20_figure2', figure3='21_figure3', figure4='22_figure4')
@@ -249,7 +251,7 @@ def test_compare_command(toy, tmp_path, capsys):
     assert e.value.code == 2 and 'none.json: no such file' in capsys.readouterr().err
     with pytest.raises(SystemExit) as e: main(['figures', 'toy', '--set', 'n_inv'])
     assert e.value.code == 2 and 'write FIELD=VALUE' in capsys.readouterr().err
-    got = subprocess.run([sys.executable, '-m', 'diffclip_da.experiment', 'compare', str(tmp_path/'off.json'), str(saved)], capture_output=True, text=True, cwd=REPO)
+    got = subprocess.run([sys.executable, '-m', 'diffclip_da.study.experiment', 'compare', str(tmp_path/'off.json'), str(saved)], capture_output=True, text=True, cwd=REPO)
     assert got.returncode == 1 and 'False' in got.stdout
 
 

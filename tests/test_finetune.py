@@ -7,16 +7,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import diffclip_da.finetune as F
-from diffclip_da.clip import load_clip
-from diffclip_da.core import UserError, new_generator, state_hash
-from diffclip_da.ddim import ddim_step, step_pairs
-from diffclip_da.finetune import (DivergedError, FinetuneConfig, FinetuneLoss, accumulate_gradients, cached_latents, compute_latents, finetune,
+import diffclip_da.adaptation.finetune as F
+from diffclip_da.models.clip import load_clip
+from diffclip_da.core import UserError, new_generator
+from diffclip_da.store import state_hash
+from diffclip_da.diffusion.ddim import ddim_step, step_pairs
+from diffclip_da.adaptation.finetune import (DivergedError, FinetuneConfig, FinetuneLoss, accumulate_gradients, cached_latents, compute_latents, finetune,
                                   reverse_path, tune)
-from diffclip_da.forward import predict_x0
-from diffclip_da.reverse import GaussianDenoiser
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.unet import tiny_unet
+from diffclip_da.diffusion.forward import predict_x0
+from diffclip_da.diffusion.reverse import GaussianDenoiser
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.unet import tiny_unet
 
 schedule = linear_schedule()
 cfg = FinetuneConfig(t0=400, n_inv=3, n_gen=2, n_images=4, passes=3, batch_size=2, lr=1e-4, lr_growth=1.1, n_crops=1)
@@ -106,7 +107,7 @@ def test_step_gradient_is_what_it_says(unet, x0):
     assert torch.allclose(grads(model), grads(reference), rtol=1e-9, atol=1e-15)
 
 def test_reverse_path_is_the_sampler(unet):
-    from diffclip_da.ddim import sample
+    from diffclip_da.diffusion.ddim import sample
     z = torch.randn(2, 3, 16, 16, generator=new_generator(3))
     with torch.no_grad(): assert torch.equal(reverse_path(unet, z, step_pairs(400, 4), schedule), sample(unet, z, step_pairs(400, 4), schedule))
 

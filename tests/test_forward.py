@@ -3,10 +3,10 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 
-from diffclip_da import forward
+from diffclip_da.diffusion import forward
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.forward import draw_face, explore, has_live_kernel, noise_like, predict_eps, predict_x0, q_sample
-from diffclip_da.schedule import cosine_schedule, linear_schedule
+from diffclip_da.diffusion.forward import draw_face, explore, has_live_kernel, noise_like, predict_eps, predict_x0, q_sample
+from diffclip_da.diffusion.schedule import cosine_schedule, linear_schedule
 
 LINEAR = linear_schedule()
 SCHEDULES = [LINEAR, cosine_schedule(1000), linear_schedule(1), linear_schedule(7)]

@@ -25,12 +25,12 @@ def test_tree_is_clean_and_in_sync(): assert problems() == []
 
 def test_check_sees_a_stale_module_an_edit_and_a_dirty_notebook(copy):
     (copy / 'diffclip_da/renamed_away.py').write_text('x = 1\n')
-    (copy / 'diffclip_da/schedule.py').write_text((copy / 'diffclip_da/schedule.py').read_text() + '\nx = 1\n')
+    (copy / 'diffclip_da/diffusion/schedule.py').write_text((copy / 'diffclip_da/diffusion/schedule.py').read_text() + '\nx = 1\n')
     nb = copy / 'nbs/02_schedule.ipynb'
     nb.write_text(nb.read_text().replace('"execution_count": null', '"execution_count": 7', 1))
     found = problems(copy)
     assert 'diffclip_da/renamed_away.py is stale: no notebook exports it, delete it' in found
-    assert 'diffclip_da/schedule.py is out of sync with its notebook: run nbdev_export' in found
+    assert 'diffclip_da/diffusion/schedule.py is out of sync with its notebook: run nbdev_export' in found
     assert 'nbs/02_schedule.ipynb is not clean: run nbdev_clean' in found
     assert len(found) == 3
 
@@ -41,7 +41,7 @@ def test_wheel_holds_the_code_and_every_asset(copy, tmp_path):
     listed = subprocess.run([sys.executable, '-m', 'zipfile', '-l', wheel], check=True, capture_output=True, text=True).stdout
     assets = [p.relative_to(ROOT).as_posix() for p in (ROOT / 'diffclip_da/assets').rglob('*') if p.is_file()]
     assert assets
-    for name in assets + ['diffclip_da/ddim.py', 'entry_points.txt']: assert name in listed, name
+    for name in assets + ['diffclip_da/diffusion/ddim.py', 'entry_points.txt']: assert name in listed, name
 
 
 def test_requirements_are_ranges_and_constraints_pin_each_of_them():

@@ -9,10 +9,10 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch.nn import functional as F
 
-import diffclip_da.identity as identity
+import diffclip_da.models.identity as identity
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.identity import Embedder, FaceNet64, face_input, identity_loss, load_embedder, read_state
-from diffclip_da.train_embedder import (MobileFaceNet, DistillConfig, auc, distill, jitter, load_teacher, main, pair_auc, person_targets,
+from diffclip_da.models.identity import Embedder, FaceNet64, face_input, identity_loss, load_embedder, read_state
+from diffclip_da.workshop.train_embedder import (MobileFaceNet, DistillConfig, auc, distill, jitter, load_teacher, main, pair_auc, person_targets,
                                         restyle, save_embedder, verification_auc)
 
 

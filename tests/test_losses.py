@@ -5,9 +5,9 @@ import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
-from diffclip_da.clip import Clip, ClipEnsemble
+from diffclip_da.models.clip import Clip, ClipEnsemble
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.losses import (ClampInward, augment, colour_loss, cosine_loss, diffusionclip_loss, directional_loss, global_loss, grid_loss, l1_loss,
+from diffclip_da.adaptation.losses import (ClampInward, augment, colour_loss, cosine_loss, diffusionclip_loss, directional_loss, global_loss, grid_loss, l1_loss,
                                 text_direction, view_params)
 
 

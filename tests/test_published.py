@@ -15,13 +15,14 @@ from diffusers import UNet2DModel
 from huggingface_hub.utils import LocalEntryNotFoundError, filter_repo_objects
 from safetensors.torch import save_file
 
-from diffclip_da import published
-from diffclip_da.core import UserError, sha256_file
-from diffclip_da.ddim import invert, sample, step_pairs
-from diffclip_da.finetune import FinetuneConfig, finetune
-from diffclip_da.published import BIN_NAME, GuidedUNet, download, fingerprint, guess_size, guided_config, load_folder, load_hub, load_weights, read_checkpoint
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.unet import WEIGHTS_NAME, EpsUNet, load_unet, save_unet
+from diffclip_da.models import published
+from diffclip_da.core import UserError
+from diffclip_da.store import sha256_file
+from diffclip_da.diffusion.ddim import invert, sample, step_pairs
+from diffclip_da.adaptation.finetune import FinetuneConfig, finetune
+from diffclip_da.models.published import BIN_NAME, GuidedUNet, download, fingerprint, guess_size, guided_config, load_folder, load_hub, load_weights, read_checkpoint
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, load_unet, save_unet
 
 T = torch.tensor([3, 877])
 

@@ -7,13 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from diffclip_da import experiment, results
-from diffclip_da.baselines import METHODS
-from diffclip_da.core import UserError, read_json, write_json
-from diffclip_da.evaluate import Evaluation, variant
-from diffclip_da.experiment import Experiment, get_profile, given
-from diffclip_da.losses import text_direction
-from diffclip_da.results import CHAPTERS, baseline_section, few, figure26, figure28, figure29, lean, main, percent, settings_that_differ
+from diffclip_da.study import experiment
+from diffclip_da.study import results
+from diffclip_da.study.baselines import METHODS
+from diffclip_da.core import UserError
+from diffclip_da.store import read_json, write_json
+from diffclip_da.study.evaluate import Evaluation, variant
+from diffclip_da.study.experiment import Experiment, get_profile, given
+from diffclip_da.adaptation.losses import text_direction
+from diffclip_da.study.results import CHAPTERS, baseline_section, few, figure26, figure28, figure29, lean, main, percent, settings_that_differ
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(profile='embedded', dtype='float32', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)

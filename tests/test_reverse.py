@@ -4,10 +4,10 @@ import torch
 from torch import nn
 
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.forward import predict_x0, q_sample
-from diffclip_da.reverse import (GaussianDenoiser, MixtureDenoiser, ddpm_mean, ddpm_sample, ddpm_step, diffusion_loss, elbo_weight, p2_weight,
+from diffclip_da.diffusion.forward import predict_x0, q_sample
+from diffclip_da.diffusion.reverse import (GaussianDenoiser, MixtureDenoiser, ddpm_mean, ddpm_sample, ddpm_step, diffusion_loss, elbo_weight, p2_weight,
                                  posterior, simple_weight)
-from diffclip_da.schedule import Schedule, cosine_schedule, linear_schedule
+from diffclip_da.diffusion.schedule import Schedule, cosine_schedule, linear_schedule
 
 LINEAR, ALL = linear_schedule(), torch.arange(1000)
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from diffclip_da.core import UserError
-from diffclip_da.schedule import Schedule, cosine_schedule, linear_schedule, match_like
+from diffclip_da.diffusion.schedule import Schedule, cosine_schedule, linear_schedule, match_like
 
 LINEAR, COSINE = linear_schedule(), cosine_schedule()
 

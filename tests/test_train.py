@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 
-from diffclip_da import train
+from diffclip_da.models import train
 from diffclip_da.core import UserError
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.train import NanLoss, TrainConfig, TrainState, main, train_diffusion
-from diffclip_da.unet import load_unet, tiny_unet
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.train import NanLoss, TrainConfig, TrainState, main, train_diffusion
+from diffclip_da.models.unet import load_unet, tiny_unet
 from test_adapt import free_port
 
 SCHEDULE = linear_schedule()
@@ -93,9 +93,9 @@ def test_command_line_trains_on_a_folder_and_writes_a_model(tmp_path, images, ca
 
 TWO = '''
 import sys, torch
-from diffclip_da.schedule import linear_schedule
-from diffclip_da.train import TrainConfig, train_diffusion
-from diffclip_da.unet import tiny_unet
+from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.models.train import TrainConfig, train_diffusion
+from diffclip_da.models.unet import tiny_unet
 g = torch.Generator().manual_seed(0)
 images, labels = torch.randint(0, 256, (20, 3, 16, 16), generator=g, dtype=torch.uint8), torch.arange(20) % 2
 cfg = TrainConfig(n_images=40, batch_size=int(sys.argv[2]), warmup=2, checkpoint_every=2)

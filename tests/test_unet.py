@@ -5,8 +5,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 
-from diffclip_da.core import UserError, state_hash
-from diffclip_da.unet import WEIGHTS_NAME, EpsUNet, guided, load_unet, save_unet, small_unet, tiny_unet
+from diffclip_da.core import UserError
+from diffclip_da.store import state_hash
+from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, guided, load_unet, save_unet, small_unet, tiny_unet
 
 
 @pytest.fixture
