@@ -54,8 +54,9 @@ test: $(STAMP) ## every notebook (nbdev_test), then the test suite
 	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 $(BIN)/nbdev_test --n_workers 2
 	DIFFCLIP_QUIET=1 $(BIN)/pytest -q
 
-check: $(STAMP) ## notebooks clean, package in sync with them, nothing stale
+check: $(STAMP) ## notebooks clean, package in sync with them, rules of the house kept
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_sync.py
+	$(BIN)/python tests/check_house.py
 
 verify: $(STAMP) ## compare figures/$(PROFILE)/*.json with the committed ones, within their tolerances
 	@mkdir -p runs

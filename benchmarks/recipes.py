@@ -24,9 +24,10 @@ from diffclip_da.study.classify import predict, train_classifier
 from diffclip_da.models.clip import zero_shot
 from diffclip_da.core import friendly_exit, image_grid, to_pil
 from diffclip_da.store import atomic_write
-from diffclip_da.study.experiment import Experiment, get_profile, load_guide
+from diffclip_da.study.experiment import Experiment, get_profile
+from diffclip_da.models.load import load_guide
 from diffclip_da.adaptation.losses import grid_loss, text_direction
-from diffclip_da.workshop.train_embedder import load_teacher
+from diffclip_da.models.identity import load_teacher
 
 # the recipe that the search began with; the profiles now hold what it ended with
 BEFORE = dict(n_images=50, passes=6, lr=6e-5, l1_weight=.3)
@@ -59,8 +60,8 @@ def measure(before, after, p, models, judge_clip, judge_face, cnns, y):
     change, judge = (before - after).abs().mean((0, 1)) / 2, judge_clip or guide
     sexes = [zero_shot(judge, x, [['a woman'], ['a man']]).argmax(1) for x in (before, after)]
     u = (after + 1) / 2
-    row = dict(photo_cnn_original=sum((predict(m, before) > .5).eq(y.bool()).float().mean().item() for m in cnns) / len(cnns),
-               photo_cnn_adapted=sum((predict(m, after) > .5).eq(y.bool()).float().mean().item() for m in cnns) / len(cnns),
+    row = dict(photo_cnn_original=sum(predict(m, before).argmax(1).eq(y).float().mean().item() for m in cnns) / len(cnns),
+               photo_cnn_adapted=sum(predict(m, after).argmax(1).eq(y).float().mean().item() for m in cnns) / len(cnns),
                direction_guide=direction(guide, before, after, p), direction_judge=judge_clip and direction(judge_clip, before, after, p),
                identity_shipped=(face.embed(before) * face.embed(after)).sum(1).mean().item(),
                identity_judge=judge_face and (judge_face.embed(before) * judge_face.embed(after)).sum(1).mean().item(),
@@ -77,7 +78,7 @@ def trial(name, fields, args, judge_clip, judge_face, cnns):
     images, cfg = exp.splits['valid'], replace(p.config(AdaptConfig), size=p.size)
     after_set = adapt(images, exp.models[0], tuned, cfg, exp.schedule, Path('runs/recipes')/args.profile/f'trial-{name}-{exp.weights["clip"]["sha256"][:8]}', cache=Path('runs/recipes/latents'))
     before, after, y = images.tensor(images.ids, p.size), after_set.tensor(images.ids, p.size), images.labels_of(images.ids)
-    if not cnns: cnns += [train_classifier(exp.tensors('train', 'original'), {}, None, p.epochs, p.batch_size, p.classifier_lr, s, p.classifier)[0] for s in (0, 1, 2)]
+    if not cnns: cnns += [train_classifier(exp.tensors('train', 'original'), {}, None, p.training, s)[0] for s in (0, 1, 2)]
     row = measure(before, after, p, exp.models, judge_clip, judge_face, [m.eval() for m in cnns], y)
     show = [int(v) for c in (0, 1) for v in (y == c).nonzero().flatten()[:6]]
     to_pil(image_grid(torch.cat([before[show], after[show]]), 12)).resize((12 * 132, 2 * 132)).save(f'runs/recipes/{args.profile}-{name}-{exp.weights["clip"]["sha256"][:8]}.png')

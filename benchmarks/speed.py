@@ -20,7 +20,8 @@ from diffclip_da.store import read_json, versions, write_json
 from diffclip_da.data import shipped_faces
 from diffclip_da.diffusion.ddim import reconstruct
 from diffclip_da.diffusion.schedule import linear_schedule
-from diffclip_da.models.unet import EpsUNet, load_unet
+from diffclip_da.models.unet import EpsUNet
+from diffclip_da.models.load import load_unet
 
 HERE, T0, BATCH = Path(__file__).parent, 400, 8
 SCHEDULE = linear_schedule()
@@ -110,7 +111,7 @@ def loops(args, device):
     half = (r['profile'][1] - r['profile_bf16'][1]).abs().mean().item() / 2
     train, y = (lambda s: (s.tensor(s.ids[:400], 64), s.labels_of(s.ids[:400])))(shipped_faces('train'))
     cnn = train_classifier((train, y), {}, epochs=5, desc='classifier for the agreement')[0]
-    agree = ((predict(cnn, r['profile'][1]) > .5) == (predict(cnn, r['profile_bf16'][1]) > .5)).float().mean().item()
+    agree = (predict(cnn, r['profile'][1]).argmax(1) == predict(cnn, r['profile_bf16'][1]).argmax(1)).float().mean().item()
     k = args.rounds
     say = lambda a, c: f'reconstruction error {err[a]:.4f}, the other {err[c]:.4f}'
     out = [row('cpu64_vs_diffusers_equal_steps', rate['equal'], rate['c46'], 'images/s', k, 1.3, note=f'40 + 6, float32; {say("equal", "c46")}'),

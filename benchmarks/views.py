@@ -51,7 +51,7 @@ def trial(name, fields, args, tests):
     tic, exp = time.perf_counter(), Experiment(get_profile('celeba64', n_train=300, **(fields or {})), root='runs', celeba=args.celeba)
     before, y = exp.tensors('train', 'original')
     after = before if name == 'photos' else drawn(exp.splits['train'], 'pencil', 'runs')[0] if name == 'pencil_filter' else exp.tensors('train', 'adapted')[0]
-    task = Task((before, y), exp.tensors('valid', 'original'), dtype=exp.profile.classifier_dtype)
+    task = Task((before, y), exp.tensors('valid', 'original'), training=exp.profile.training)
     predict = [cnn(task, (after, y), seed)[0] for seed in range(4)]
     row = {k: sum(score(t, p(x))['balanced_accuracy'] for p in predict) / len(predict) for k, (x, t) in tests.items()} | appearance(exp, before, after)
     to_pil(image_grid(torch.cat([before[:12], after[:12]]), 12)).resize((12 * 132, 2 * 132)).save(f'runs/views-{name}.png')

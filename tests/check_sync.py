@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-KEPT_BY_HAND = {'__init__.py', '_modidx.py'}
+KEPT_BY_HAND = '__init__.py', 'adapt.py', 'train.py', 'unet.py', 'published.py'  # the public face; names of the first edition
 
 
 def cleaned_and_exported(root: Path, work: Path) -> None:
@@ -20,7 +20,7 @@ def cleaned_and_exported(root: Path, work: Path) -> None:
     for name in ('settings.ini', 'setup.py', 'README.md', 'pyproject.toml'): shutil.copy(root / name, work)
     shutil.copytree(root / 'nbs', work / 'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     (work / 'diffclip_da').mkdir()
-    shutil.copy(root / 'diffclip_da/__init__.py', work / 'diffclip_da')
+    for name in KEPT_BY_HAND: shutil.copy(root / 'diffclip_da' / name, work / 'diffclip_da')
     env = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'PYTHONPATH': str(root)}
     for command in ('nbdev_clean', 'nbdev_export'):
         done = subprocess.run([command], cwd=work, env=env, capture_output=True, text=True)

@@ -5,8 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffclip_da.study.classify import (CLASSIFIERS, PaperCNN, SmallCNN, at_epoch, check_labelled, evaluate, new_classifier, predict, score,
-                                  selected_epoch, train_classifier)
+from diffclip_da.study.classify import (CLASSIFIERS, PaperCNN, SmallCNN, Training, as_logits, at_epoch, check_labelled,
+                                        evaluate, logits_of, new_classifier, predict, score, selected_epoch,
+                                        train_classifier)
 from diffclip_da.core import UserError
 
 
@@ -47,27 +48,30 @@ def test_it_learns_and_repeats_itself_bit_for_bit(model):
     assert not h.loss.equals(other.loss)
     assert at_epoch(h).accuracy['t'] > .9
     assert h.groupby('split').epoch.apply(list).to_dict() == {s: [1, 2, 3] for s in ('train', 'valid', 't')}
-    assert not net.training and ((predict(net, test[0]) > .5).long() == test[1]).float().mean().item() == pytest.approx(at_epoch(h).accuracy['t'])
+    assert not net.training and (predict(net, test[0]).argmax(1) == test[1]).float().mean().item() == pytest.approx(at_epoch(h).accuracy['t'])
 
 
 def test_evaluate_is_the_mean_cross_entropy():
     net, (x, y) = new_classifier('paper', 16), blobs(10)
-    with torch.no_grad(): p = net(x).sigmoid().double()
+    with torch.no_grad(): p = net(x)[:, 1].sigmoid().double()
     want = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
     assert evaluate(net, x, y)['loss'] == pytest.approx(want.item(), rel=1e-5)
 
 
 def test_loss_of_a_sure_and_wrong_logit_is_finite():
     class Sure(torch.nn.Module):
-        def forward(self, x): return torch.full((len(x),), -500.)
+        def forward(self, x): return as_logits(torch.full((len(x), 1), -500.))
     assert evaluate(Sure(), torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))['loss'] == 250
 
 
 def test_score_by_hand():
-    got = score([0, 0, 0, 1], [.1, .2, .9, .8])
+    got = score([0, 0, 0, 1], pair([.1, .2, .9, .8]))
     assert got['accuracy'] == .75 and got['balanced_accuracy'] == pytest.approx(5 / 6) and got['auroc'] == pytest.approx(2 / 3)
-    one = score([1, 1], [.9, .1])
+    one = score([1, 1], pair([.9, .1]))
     assert one['accuracy'] == .5 and np.isnan(one['auroc'])
+
+
+def pair(p): return np.stack([1 - np.array(p), p], 1)   # probabilities of class 1 -> of both
 
 
 x8, y8 = blobs(8, size=8)
@@ -77,7 +81,8 @@ x8, y8 = blobs(8, size=8)
     (x8, y8[:5], '8 images but labels of shape'),
     (x8[:0], y8[:0], 'no images'),
     (x8, torch.zeros(8), 'all 8 labels are 0'),
-    (x8, torch.arange(8), 'two classes are expected'),
+    (x8, torch.arange(8) - 1, 'classes are expected as whole numbers'),
+    (x8, torch.arange(8) / 2, 'classes are expected as whole numbers'),
     (x8[0], y8, 'images have shape'),
     (torch.where(torch.arange(8).view(8, 1, 1, 1) == 3, torch.nan, x8), y8, '1 images hold NaN.*number 3'),
 ])
@@ -135,3 +140,62 @@ def test_bfloat16_trains_nearly_the_same_network():
     weights = [torch.cat([p.flatten() for p in m.state_dict().values()]) for m, _ in (a, b)]
     assert not torch.equal(*weights) and torch.nn.functional.cosine_similarity(*weights, dim=0) > .99
     assert abs(a[1].accuracy.iloc[-1] - b[1].accuracy.iloc[-1]) < .1 and all(p.dtype == torch.float32 for p in b[0].parameters())
+
+
+# three classes
+
+def three(n, seed=0, size=16):
+    "Noise in which the class's channel is brighter."
+    g = torch.Generator().manual_seed(seed)
+    y = torch.arange(n) % 3
+    return .3 * torch.randn(n, 3, size, size, generator=g) + .8 * F.one_hot(y, 3)[:, :, None, None], y
+
+
+@pytest.mark.parametrize('model', CLASSIFIERS)
+def test_three_classes_are_learned(model):
+    net, h = train_classifier(three(60), dict(t=three(30, 1)), three(15, 2), epochs=4, batch_size=8, model=model)
+    assert at_epoch(h).balanced_accuracy['t'] > .9 and at_epoch(h).auroc['t'] > .95
+    x, y = three(30, 1)
+    p = predict(net, x)
+    assert p.shape == (30, 3) and torch.allclose(p.sum(1), torch.ones(30))
+    assert at_epoch(h).loss['t'] == pytest.approx(-p.double()[range(30), y].log().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('model', CLASSIFIERS)
+def test_two_classes_have_one_output_and_more_have_one_each(model):
+    two, three_ = (new_classifier(model, 16, 0, n_classes=k) for k in (2, 3))
+    last = lambda m: [p for p in m.parameters()][-1].shape
+    assert last(two) == (1,) and last(three_) == (3,)
+    z = logits_of(two, blobs(6)[0])
+    assert z.shape == (6, 2) and (z[:, 0] == 0).all() and torch.allclose(z.softmax(1)[:, 1], z[:, 1].sigmoid())
+    with pytest.raises(UserError, match='n_classes=1'): new_classifier(model, 16, 0, n_classes=1)
+
+
+def test_scores_of_three_classes_are_scikit_learns():
+    from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+    rng = np.random.default_rng(0)
+    y, p = rng.integers(0, 3, 50), rng.dirichlet(np.ones(3), 50)
+    got = score(y, p)
+    assert got['accuracy'] == (p.argmax(1) == y).mean()
+    assert got['balanced_accuracy'] == pytest.approx(balanced_accuracy_score(y, p.argmax(1)))
+    assert got['auroc'] == pytest.approx(roc_auc_score(y, p, multi_class='ovr', average='macro'))
+    some = score([0, 0, 1], [[.8, .1, .1], [.1, .1, .8], [.1, .9, 0]])   # class 2 is guessed and never true
+    assert some['accuracy'] == pytest.approx(2 / 3) and some['balanced_accuracy'] == .75 and some['auroc'] == .875
+    with pytest.raises(UserError, match=r'give \[2, K\]'): score([0, 1], [.5, .5])
+
+
+def test_every_class_needs_a_training_image_and_no_test_set_has_more():
+    x, y = three(12, size=8)
+    with pytest.raises(UserError, match='no image of class 1 among 3 classes'): train_classifier((x[y != 1], y[y != 1]), {}, epochs=1)
+    with pytest.raises(UserError, match='no image of class 3 among 4 classes'): train_classifier((x, y), {}, epochs=1, n_classes=4)
+    with pytest.raises(UserError, match='t: label 2, but there are 2 classes'): train_classifier((x8, y8), dict(t=(x, y)), epochs=1)
+    _, h = train_classifier((x, y), dict(t=(x[y < 2], y[y < 2])), epochs=1, batch_size=4)   # a test set may lack one
+    assert np.isfinite(h.loss).all()
+
+
+def test_settings_are_one_object():
+    a = train_classifier((x8, y8), {}, training=Training(epochs=2, batch_size=4, lr=2e-3), seed=1)[1]
+    b = train_classifier((x8, y8), {}, epochs=2, batch_size=4, lr=2e-3, seed=1)[1]
+    pd.testing.assert_frame_equal(a, b, check_exact=True)
+    assert Training() == Training('paper', 10, 32, 1e-3, 'float32')
+    with pytest.raises(UserError, match="no classifier 'big'"): Training('big')

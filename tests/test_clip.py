@@ -4,8 +4,11 @@ import json, shutil
 import numpy as np, pytest, torch
 from torch.nn import functional as F
 
-from diffclip_da import clip as C, train_clip as T
-from diffclip_da.models.clip import TEMPLATES, TINY, Clip, ClipEnsemble, class_features, fill, load_clip, new_clip, tiny_clip, zero_shot
+from diffclip_da.models import clip as C
+from diffclip_da.workshop import train_clip as T
+from diffclip_da.models.clip import (TEMPLATES, TINY, Clip, ClipEnsemble, class_features, fill, new_clip,
+                                     tiny_clip, zero_shot)
+from diffclip_da.models.load import load_guide
 from diffclip_da.core import UserError
 from diffclip_da.store import asset_dir, load_card
 
@@ -108,32 +111,32 @@ def test_zero_shot_is_a_distribution_and_takes_several_prompts(tiny):
 # --- loading
 
 def test_a_folder_loads_like_a_published_model(folder):
-    c = load_clip(folder)
+    c = load_guide(folder)
     assert c.info['name'] == folder.name and len(c.info['sha256']) == 64 and next(c.parameters()).dtype == torch.float32
     assert torch.allclose(c.encode_image(images()), tiny_clip().encode_image(images()), atol=5e-3)  # float16 on disk
-    assert isinstance(load_clip([folder, folder]), ClipEnsemble) and load_clip(f'local-dir:{folder}').info == c.info
+    assert isinstance(load_guide([folder, folder]), ClipEnsemble) and load_guide(f'local-dir:{folder}').info == c.info
 
 
 def test_random_weights_only_when_asked_for():
     assert 'ViT-S-32-alt' in C.open_clip.list_models()
-    assert load_clip('ViT-S-32-alt', pretrained='random').info['provenance'] == 'random'
-    with pytest.raises(UserError, match='has no weights None'): load_clip('ViT-S-32-alt')
+    assert load_guide('ViT-S-32-alt', pretrained='random').info['provenance'] == 'random'
+    with pytest.raises(UserError, match='has no weights None'): load_guide('ViT-S-32-alt')
 
 
 @pytest.mark.parametrize('name,message', [('ViT-B-61', 'nearest: ViT-B-16'), ('/no/such/folder', 'neither a folder nor a model'), ('', 'neither a folder')])
 def test_unknown_names(name, message):
-    with pytest.raises(UserError, match=message): load_clip(name)
+    with pytest.raises(UserError, match=message): load_guide(name)
 
 
 def test_unknown_tag_lists_the_tags():
-    with pytest.raises(UserError, match="no weights 'mine'.*openai"): load_clip('ViT-B-16', 'mine')
+    with pytest.raises(UserError, match="no weights 'mine'.*openai"): load_guide('ViT-B-16', 'mine')
 
 
 def test_without_network_the_mend_is_named(monkeypatch):
     def offline(*args, **kwargs): raise RuntimeError('Failed to download weights: connection refused')
     monkeypatch.setattr(C.open_clip, 'create_model', offline)
     for name in ('ViT-B-16', 'hf-hub:somebody/something'):
-        with pytest.raises(UserError, match='network on.*another machine'): load_clip(name)
+        with pytest.raises(UserError, match='network on.*another machine'): load_guide(name)
 
 
 def test_quickgelu_follows_the_tag(monkeypatch):
@@ -142,38 +145,38 @@ def test_quickgelu_follows_the_tag(monkeypatch):
         asked[pretrained] = kwargs['force_quick_gelu']
         return new_clip(TINY)[0]
     monkeypatch.setattr(C.open_clip, 'create_model', create)
-    for tag in ('openai', 'laion2b_s34b_b88k'): load_clip('ViT-B-16', tag)
+    for tag in ('openai', 'laion2b_s34b_b88k'): load_guide('ViT-B-16', tag)
     assert asked == {'openai': True, 'laion2b_s34b_b88k': False}
 
 
 def test_broken_folders(copy):
     weights, config = copy/'open_clip_model.safetensors', copy/'open_clip_config.json'
     (copy/'card.json').write_text(json.dumps(dict(files={weights.name: '0' * 64})))
-    with pytest.raises(UserError, match='SHA-256'): load_clip(copy)
+    with pytest.raises(UserError, match='SHA-256'): load_guide(copy)
     (copy/'card.json').unlink()
     good = weights.read_bytes(); weights.write_bytes(good[:1000])
-    with pytest.raises(UserError, match='does not fit'): load_clip(copy)
+    with pytest.raises(UserError, match='does not fit'): load_guide(copy)
     weights.unlink()
-    with pytest.raises(UserError, match='holds no weights'): load_clip(copy)
+    with pytest.raises(UserError, match='holds no weights'): load_guide(copy)
     weights.write_bytes(good)
     config.write_text('{}')
-    with pytest.raises(UserError, match='model_cfg'): load_clip(copy)
+    with pytest.raises(UserError, match='model_cfg'): load_guide(copy)
     config.write_text('{')
-    with pytest.raises(UserError, match='not valid JSON'): load_clip(copy)
+    with pytest.raises(UserError, match='not valid JSON'): load_guide(copy)
     config.unlink()
-    with pytest.raises(UserError, match='no such file'): load_clip(copy)
+    with pytest.raises(UserError, match='no such file'): load_guide(copy)
 
 
 def test_weights_of_another_architecture(copy):
     config = copy/'open_clip_config.json'; c = json.loads(config.read_text())
     c['model_cfg']['embed_dim'] = 48; config.write_text(json.dumps(c))
-    with pytest.raises(UserError, match='does not fit'): load_clip(copy)
+    with pytest.raises(UserError, match='does not fit'): load_guide(copy)
 
 
 # --- the shipped model
 
 def test_shipped_model_and_card_agree():
-    card, c = load_card('clip'), load_clip('shipped')
+    card, c = load_card('clip'), load_guide('shipped')
     assert c.info == dict(name='diffclip-small', sha256=card['files']['open_clip_model.safetensors'], provenance='shipped')
     for k in ('measured', 'targets', 'data', 'licence_note', 'training', 'limits', 'files'): assert card[k], k
     for k in ('style_zero_shot', 'gender_zero_shot_photo', 'gender_zero_shot_sketch', 'attributes_above_080', 'unseen_wording_gap'): assert k in card['measured'] and k in card['targets']
@@ -188,7 +191,7 @@ def test_shipped_model_knows_styles_in_words_it_never_saw():
     photo = Image.open(matplotlib.cbook.get_sample_data('grace_hopper.jpg', asfileobj=False)).convert('RGB').crop((60, 10, 420, 370)).resize((148, 148), Image.LANCZOS)
     names = ('photo', 'pencil', 'cartoon', 'negative', 'sepia', 'grayscale')
     x = torch.stack([from_pil(render(photo, s, np.random.default_rng(k), 64)) for s in names for k in range(3)])
-    with torch.no_grad(): p = zero_shot(load_clip(), x, [list(T.STYLE_WORDS[s][1]) for s in names])
+    with torch.no_grad(): p = zero_shot(load_guide(), x, [list(T.STYLE_WORDS[s][1]) for s in names])
     assert (p.argmax(-1).view(-1, 3) == torch.arange(len(names))[:, None]).float().mean() >= .8
 
 

@@ -213,3 +213,35 @@ def test_generator_decides_the_noise():
     (lambda x: ddim_step(x, 1000, 5, x, S), 't = 1000')])
 def test_bad_input(call, text):
     with pytest.raises(UserError, match=text): call(torch.ones(1, 1))
+
+
+def test_a_condition_reaches_the_model_at_every_step_both_ways():
+    seen = []
+    def model(x, t, shift): seen.append(shift); return .1 * x + shift
+    x, pairs, shift = torch.ones(2, 1), step_pairs(300, 3), torch.tensor([[0.], [.5]])
+    both = sample(model, x, pairs, S, shift=shift)
+    one = [sample(model, x[k:k + 1], pairs, S, shift=shift[k:k + 1]) for k in (0, 1)]
+    assert torch.equal(both, torch.cat(one)) and not torch.equal(*one) and len(seen) == 9
+    up = invert(model, x, pairs, S, 'anderson', 2, shift=shift)
+    assert torch.allclose(up, torch.cat([invert(model, x[k:k + 1], pairs, S, 'anderson', 2, shift=shift[k:k + 1]) for k in (0, 1)]))
+
+
+def test_an_asymmetric_step_takes_the_image_from_one_eps_and_the_direction_from_the_other():
+    x, a, b = randn(2, 1), randn(2, 1, seed=1), randn(2, 1, seed=2)
+    x0_hat, noise = predict_x0(x, 400, a, S), S.rates(300)[1]
+    want = S.rates(300)[0] * x0_hat + noise * b
+    assert torch.allclose(ddim_step(x, 400, 300, a, S, eps_direction=b), want, atol=1e-12)
+    assert torch.equal(ddim_step(x, 400, 300, a, S, eps_direction=a), ddim_step(x, 400, 300, a, S))
+    pair = sample(lambda x, t: (a, b), x, [(400, 300)], S)
+    assert torch.allclose(pair, want, atol=1e-12)
+    assert torch.equal(invert(lambda x, t: (a, b), x, [(400, 300)], S), invert(lambda x, t: a, x, [(400, 300)], S))
+
+
+def test_forgetting_activations_changes_neither_the_picture_nor_the_gradient():
+    got = {}
+    for forget in (False, True):
+        model = GaussianDenoiser(torch.nn.Parameter(torch.tensor(.1)), .5, S)
+        out = sample(model, torch.ones(1, 1), step_pairs(500, 4), S, checkpointed=forget)
+        out.sum().backward()
+        got[forget] = out.detach(), model.mean.grad
+    assert all(torch.equal(a, b) for a, b in zip(got[False], got[True]))

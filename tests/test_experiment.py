@@ -18,9 +18,12 @@ from diffclip_da.adaptation.adapt import AdaptConfig
 from diffclip_da.core import UserError
 from diffclip_da.study.figures import validate_record
 from diffclip_da.store import read_json, write_json
-from diffclip_da.study.experiment import (PAPER_NUMBERS, PROFILES, RENAMED, SPLITS, Experiment, Profile, compare_records, figure2, figure3, figure4,
-                                    find_celeba, get_profile, given, image_interval, load_guide, load_models, load_splits, main, paired,
-                                    repo_root, results_table, summarise, t_interval, tolerances, toy_faces)
+from diffclip_da.study.experiment import (PAPER_NUMBERS, PROFILES, RENAMED, SPLITS, Experiment, Profile,
+                                          compare_records, figure2, figure3, figure4, find_celeba,
+                                          get_profile, given, image_interval, load_models, load_splits,
+                                          main, paired, repo_root, results_table, summarise, t_interval,
+                                          tolerances, toy_faces)
+from diffclip_da.models.load import load_guide
 from diffclip_da.adaptation.finetune import FinetuneConfig
 
 REPO = Path(__file__).parent.parent

@@ -8,19 +8,26 @@ import torch
 from safetensors.torch import save_file
 
 import diffclip_da.adaptation.finetune as F
-from diffclip_da.models.clip import load_clip
+from diffclip_da.models.load import load_guide
 from diffclip_da.core import UserError, new_generator
 from diffclip_da.store import state_hash
-from diffclip_da.diffusion.ddim import ddim_step, step_pairs
-from diffclip_da.adaptation.finetune import (DivergedError, FinetuneConfig, FinetuneLoss, accumulate_gradients, cached_latents, compute_latents, finetune,
-                                  reverse_path, tune)
+from diffclip_da.diffusion.ddim import ddim_step, sample, step_pairs
+from diffclip_da.diffusion.walk import Walk
+from diffclip_da.adaptation.finetune import (CAREFUL, DivergedError, FinetuneLoss, Recipe, accumulate_gradients,
+                                             compute_latents, recipe_for, tune)
 from diffclip_da.diffusion.forward import predict_x0
 from diffclip_da.diffusion.reverse import GaussianDenoiser
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.models.unet import tiny_unet
 
 schedule = linear_schedule()
-cfg = FinetuneConfig(t0=400, n_inv=3, n_gen=2, n_images=4, passes=3, batch_size=2, lr=1e-4, lr_growth=1.1, n_crops=1)
+walk = Walk(t0=400, n_inv=3, n_gen=2, inversion='ddim')
+cfg = replace(CAREFUL, n_images=4, passes=3, images_per_update=2, lr=1e-4, lr_growth=1.1, n_crops=1)
+
+
+def finetune(model, x0, clip, embedder, schedule, recipe, walk=walk, source='photo', target='sketch', **kw):
+    "`F.finetune` with this file's walk and words."
+    return F.finetune(model, x0, source, target, clip, embedder, schedule, walk, recipe, **kw)
 
 
 def clip_folder(folder):
@@ -36,7 +43,7 @@ def clip_folder(folder):
 
 
 @pytest.fixture(scope='module')
-def clip(tmp_path_factory): return load_clip(str(clip_folder(tmp_path_factory.mktemp('clip')/'tiny')))
+def clip(tmp_path_factory): return load_guide(str(clip_folder(tmp_path_factory.mktemp('clip')/'tiny')))
 
 class Net(torch.nn.Module):
     "The cheapest network that predicts something like noise; the real U-Net stands in where its graph matters."
@@ -67,13 +74,25 @@ def grads(model): return torch.cat([p.grad.flatten() for p in model.parameters()
 
 
 @pytest.mark.parametrize('change, words', [
-    (dict(t0=0), 't0 = 0'), (dict(t0=1000), '999'), (dict(n_gen=0), 'n_gen = 0'), (dict(n_inv=401), 'lower n_inv or raise t0'),
+    (dict(walk=Walk(t0=0)), 't0 = 0'), (dict(walk=Walk(t0=1000)), '999'), (dict(walk=Walk(n_gen=0)), 'n_gen = 0'),
+    (dict(walk=Walk(n_inv=401)), 'lower n_inv or raise t0'),
     (dict(target='  '), 'target is empty'), (dict(source=''), 'source is empty'), (dict(target='photo'), 'no direction'),
-    (dict(batch_size=0), 'batch_size = 0'), (dict(passes=0), 'passes = 0'), (dict(n_images=7), 'only 6 images'), (dict(lr=0.), 'lr = 0'),
-    (dict(clip_weight=-1.), 'none may be negative'), (dict(clip_weight=0., l1_weight=0., grid_weight=0.), 'one must be above 0'), (dict(grad='half'), "choose full"),
+    (dict(images_per_update=0), 'images_per_update = 0'), (dict(passes=0), 'passes = 0'), (dict(views=0), 'views = 0'),
+    (dict(n_images=0), 'n_images = 0'), (dict(lr=0.), 'lr = 0'), (dict(clip_weight=-1.), 'none may be negative'),
+    (dict(clip_weight=0., l1_weight=0., grid_weight=0.), 'one must be above 0'), (dict(grad='half'), "choose full"),
+    (dict(dtype='float16'), 'fine-tuning takes float32 or bfloat16'),
 ])
-def test_bad_config_is_refused(change, words, unet, x0, clip):
-    with pytest.raises(UserError, match=words): finetune(unet, x0, clip, None, schedule, replace(cfg, **change))
+def test_bad_settings_are_refused(change, words, unet, x0, clip):
+    args = {k: change.pop(k) for k in ('walk', 'source', 'target', 'dtype') if k in change}
+    with pytest.raises(UserError, match=words): finetune(unet, x0, clip, None, schedule, replace(cfg, **change), **args)
+
+def test_a_recipe_shows_as_many_pictures_whatever_the_number_of_photos():
+    assert Recipe().n_passes(1000) == 4 and Recipe().n_passes(12) == 67 and Recipe(n_images=5000).n_passes(5000) == 1
+    assert Recipe(passes=3).n_passes(12) == 3
+
+def test_the_shipped_network_gets_its_recipe_and_others_a_careful_one():
+    assert recipe_for('shipped') == Recipe() and recipe_for('published') == recipe_for(None) == CAREFUL
+    assert (CAREFUL.lr, CAREFUL.passes, CAREFUL.n_images) == (6e-5, 6, 50)
 
 def test_missing_guides_are_named(unet, x0, clip):
     with pytest.raises(UserError, match='clip_weight'): finetune(unet, x0, None, None, schedule, cfg)
@@ -82,9 +101,9 @@ def test_missing_guides_are_named(unet, x0, clip):
 
 def test_full_and_checkpointed_gradients_agree(x0, clip):
     unet = tiny_unet(16)
-    latents, pairs, got = compute_latents(unet, x0, step_pairs(400, 3), schedule), step_pairs(400, 3), {}
+    latents, pairs, got = compute_latents(unet, x0, walk, schedule), step_pairs(400, 3), {}
     for grad in ('full', 'checkpoint', 'step'):
-        model, loss, g = copy.deepcopy(unet).requires_grad_(True), FinetuneLoss(clip, Face(), replace(cfg, id_weight=.5)), new_generator(0)
+        model, loss, g = copy.deepcopy(unet).requires_grad_(True), FinetuneLoss(clip, Face(), 'photo', 'sketch', replace(cfg, id_weight=.5)), new_generator(0)
         terms = accumulate_gradients(model, latents, pairs, schedule, lambda x: loss(x, x0, g), grad)
         assert set(terms) == {'total', 'clip', 'l1', 'id', 'grid'} and not any(v.requires_grad for v in terms.values())
         got[grad] = grads(model), terms['total']
@@ -106,15 +125,10 @@ def test_step_gradient_is_what_it_says(unet, x0):
     total.backward()
     assert torch.allclose(grads(model), grads(reference), rtol=1e-9, atol=1e-15)
 
-def test_reverse_path_is_the_sampler(unet):
-    from diffclip_da.diffusion.ddim import sample
-    z = torch.randn(2, 3, 16, 16, generator=new_generator(3))
-    with torch.no_grad(): assert torch.equal(reverse_path(unet, z, step_pairs(400, 4), schedule), sample(unet, z, step_pairs(400, 4), schedule))
-
 
 def test_pretrained_is_left_alone_and_history_is_complete(unet, x0, clip):
     before = state_hash(unet)
-    tuned, history = finetune(unet, x0, clip, Face(), schedule, replace(cfg, id_weight=.3, batch_size=3))
+    tuned, history = finetune(unet, x0, clip, Face(), schedule, replace(cfg, id_weight=.3, images_per_update=3))
     assert state_hash(unet) == before != state_hash(tuned)
     assert list(history.columns) == ['pass', 'step', 'total', 'clip', 'l1', 'id', 'grid', 'grad_norm', 'lr', 'seconds']
     assert list(history['pass']) == [0, 0, 1, 1, 2, 2] and list(history.step) == list(range(6))
@@ -124,25 +138,26 @@ def test_pretrained_is_left_alone_and_history_is_complete(unet, x0, clip):
     assert all(p.grad is None for p in clip.parameters())
 
 def test_too_few_latents_are_refused(unet, x0, clip):
-    with pytest.raises(UserError, match='3 latents for n_images = 4'): finetune(unet, x0, clip, None, schedule, cfg, latents=x0[:3])
+    with pytest.raises(UserError, match='3 latents for 4 images'): finetune(unet, x0, clip, None, schedule, cfg, latents=x0[:3])
 
 def test_batch_of_one_image(unet, x0, clip):
-    tuned, history = finetune(unet, x0[:1], clip, None, schedule, replace(cfg, n_images=1, batch_size=1, passes=1, grad='checkpoint'))
+    tuned, history = finetune(unet, x0[:1], clip, None, schedule, replace(cfg, n_images=1, images_per_update=1, passes=1, grad='checkpoint'))
     assert len(history) == 1 and state_hash(tuned) != state_hash(unet)
 
 def test_tuning_moves_the_picture(unet, x0):
-    latents = compute_latents(unet, x0, step_pairs(400, 3), schedule)
-    _, history = tune(unet, latents, x0, lambda x, ref, g: dict(total=(x.mean() + .5).square()), schedule, replace(cfg, passes=8, lr=1e-2, lr_growth=1.))
+    latents = compute_latents(unet, x0, walk, schedule)
+    _, history = tune(unet, latents, x0, lambda x, ref, g: dict(total=(x.mean() + .5).square()), schedule, walk, replace(cfg, passes=8, lr=1e-2, lr_growth=1.))
     assert history.total.iloc[-2:].mean() < .5 * history.total.iloc[:2].mean()
 
 
 def test_toy_finds_the_closed_form():
     def gaussian(m): return GaussianDenoiser(torch.nn.Parameter(torch.tensor(m, dtype=torch.float64)), .2, schedule)
     data, pairs = torch.zeros(50, 1, 1, 1, dtype=torch.float64), step_pairs(500, 6)
-    z = compute_latents(gaussian(0.), data, step_pairs(500, 20), schedule).double()
-    tuned, _ = tune(gaussian(0.), z, data, lambda x, ref, g: dict(total=(x.mean() - 1)**2), schedule,
-                    FinetuneConfig(passes=150, batch_size=50, lr=.03, n_images=50))
-    with torch.no_grad(): a, b = (reverse_path(gaussian(m), z, pairs, schedule).mean().item() for m in (0., 1.))
+    toy = Walk(t0=500, n_inv=20, n_gen=6, inversion='ddim')
+    z = compute_latents(gaussian(0.), data, toy, schedule).double()
+    tuned, _ = tune(gaussian(0.), z, data, lambda x, ref, g: dict(total=(x.mean() - 1)**2), schedule, toy,
+                    Recipe(passes=150, images_per_update=50, lr=.03, n_images=50))
+    with torch.no_grad(): a, b = (sample(gaussian(m), z, pairs, schedule).mean().item() for m in (0., 1.))
     assert tuned.mean.item() == pytest.approx((1 - a) / (b - a), abs=5e-3)
 
 
@@ -179,8 +194,10 @@ def test_more_passes_continue_fewer_are_refused(tmp_path, unet, x0, clip):
 def test_foreign_or_broken_checkpoint_is_refused(tmp_path, unet, x0, clip):
     one = replace(cfg, passes=1)
     finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
-    for change in (dict(target='painting'), dict(lr=2e-4), dict(seed=1)):
+    for change in (dict(lr=2e-4), dict(seed=1)):
         with pytest.raises(UserError, match='another run'): finetune(unet, x0, clip, None, schedule, replace(one, **change), out=tmp_path)
+    for other in (dict(target='painting'), dict(walk=replace(walk, t0=300)), dict(dtype='bfloat16')):
+        with pytest.raises(UserError, match='another run'): finetune(unet, x0, clip, None, schedule, one, out=tmp_path, **other)
     with pytest.raises(UserError, match='another run'): finetune(Net(5), x0, clip, None, schedule, one, out=tmp_path)
     with pytest.raises(UserError, match='another run'): finetune(unet, x0.flip(0), clip, None, schedule, one, out=tmp_path)
     whole = (tmp_path/'checkpoint.pt').read_bytes()
@@ -200,24 +217,21 @@ def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, x0, cli
         finetune(unet, x0, clip, None, schedule, replace(cfg, lr=1e30), out=tmp_path/'other')
 
 
-def test_stale_or_broken_latents_are_made_anew(tmp_path):
-    path, calls = tmp_path/'l.safetensors', []
-    def make(): calls.append(1); return torch.full((2, 1), float(len(calls)))
-    assert cached_latents(path, 'a', make)[0] == 1 and cached_latents(path, 'a', make)[0] == 1
-    assert cached_latents(path, 'b', make)[0] == 2
-    path.write_bytes(path.read_bytes()[:20])
-    assert cached_latents(path, 'b', make)[0] == 3 and len(calls) == 3
-
 def test_latents_do_not_depend_on_the_batch(unet, x0):
-    pairs = step_pairs(400, 3)
-    a, b = (compute_latents(unet, x0, pairs, schedule, batch_size=n) for n in (1, 6))
+    a, b = (compute_latents(unet, x0, walk, schedule, batch_size=n) for n in (1, 6))
     assert a.shape == x0.shape and a.dtype == torch.float32 and (a - b).abs().max() < 1e-5
 
 
 def test_bfloat16_takes_nearly_the_same_step(unet, x0, clip):
     "Weights stay float32; the losses of the first update differ by what bfloat16 rounds off."
-    latents, loss = compute_latents(unet, x0, step_pairs(400, 3), schedule), FinetuneLoss(clip, None, cfg)
-    (a, h), (b, g) = (tune(unet, latents, x0, loss, schedule, replace(cfg, passes=1, dtype=d)) for d in ('float32', 'bfloat16'))
+    latents, loss = compute_latents(unet, x0, walk, schedule), FinetuneLoss(clip, None, 'photo', 'sketch', cfg)
+    (a, h), (b, g) = (tune(unet, latents, x0, loss, schedule, walk, replace(cfg, passes=1), d) for d in ('float32', 'bfloat16'))
     assert h.total[0] != g.total[0] and h.total[0] == pytest.approx(g.total[0], abs=.05)
     assert all(p.dtype == torch.float32 for p in b.parameters()) and state_hash(a) != state_hash(b)
-    with pytest.raises(UserError, match="dtype = 'float16': choose float32, bfloat16"): replace(cfg, dtype='float16').validate(1000)
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_any_work(tmp_path, monkeypatch, unet, x0, clip):
+    monkeypatch.setattr(F, 'compute_latents', None)   # would fail if it were called
+    with pytest.raises(UserError, match='make it shorter'):
+        finetune(unet, x0, clip, None, schedule, cfg, target='a very detailed pencil sketch of a person ' * 5, out=tmp_path)
+    assert not any(tmp_path.iterdir())

@@ -11,9 +11,11 @@ from torch.nn import functional as F
 
 import diffclip_da.models.identity as identity
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.models.identity import Embedder, FaceNet64, face_input, identity_loss, load_embedder, read_state
-from diffclip_da.workshop.train_embedder import (MobileFaceNet, DistillConfig, auc, distill, jitter, load_teacher, main, pair_auc, person_targets,
-                                        restyle, save_embedder, verification_auc)
+from diffclip_da.models.identity import Embedder, FaceNet64, face_input, identity_loss, read_state
+from diffclip_da.models.load import load_embedder
+from diffclip_da.workshop.train_embedder import (DistillConfig, auc, distill, jitter, main, pair_auc,
+                                                 person_targets, restyle, save_embedder, verification_auc)
+from diffclip_da.models.identity import MobileFaceNet, load_teacher
 
 
 def pictures(n, size=64, seed=0): return torch.rand(n, 3, size, size, generator=new_generator(seed)) * 2 - 1

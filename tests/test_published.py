@@ -22,7 +22,8 @@ from diffclip_da.diffusion.ddim import invert, sample, step_pairs
 from diffclip_da.adaptation.finetune import FinetuneConfig, finetune
 from diffclip_da.models.published import BIN_NAME, GuidedUNet, download, fingerprint, guess_size, guided_config, load_folder, load_hub, load_weights, read_checkpoint
 from diffclip_da.diffusion.schedule import linear_schedule
-from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, load_unet, save_unet
+from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, save_unet
+from diffclip_da.models.load import load_unet
 
 T = torch.tensor([3, 877])
 

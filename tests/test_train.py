@@ -10,7 +10,8 @@ from diffclip_da.models import train
 from diffclip_da.core import UserError
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.models.train import NanLoss, TrainConfig, TrainState, main, train_diffusion
-from diffclip_da.models.unet import load_unet, tiny_unet
+from diffclip_da.models.unet import tiny_unet
+from diffclip_da.models.load import load_unet
 from test_adapt import free_port
 
 SCHEDULE = linear_schedule()

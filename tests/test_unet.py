@@ -7,7 +7,10 @@ from diffusers import UNet2DModel
 
 from diffclip_da.core import UserError
 from diffclip_da.store import state_hash
-from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, guided, load_unet, save_unet, small_unet, tiny_unet
+from diffclip_da.models.published import GuidedUNet
+from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, save_unet, small_unet, tiny_unet
+from diffclip_da.diffusion.guidance import guided
+from diffclip_da.models.load import load_unet
 
 
 @pytest.fixture
@@ -43,7 +46,52 @@ def test_guidance_interpolates_between_the_two_answers(x):
     with torch.no_grad():
         e, ey = m(x, 9), m(x, 9, label=0)
         torch.testing.assert_close(guided(m, 0, 3.)(x, 9), e + 3 * (ey - e), atol=1e-5, rtol=1e-5)
+        assert torch.equal(guided(m, scale=3.)(x, 9, label=0), guided(m, 0, 3.)(x, 9))
+        per_image = torch.tensor([0, 1, 0])
+        torch.testing.assert_close(guided(m, per_image, 3.)(x, 9)[::2], guided(m, 0, 3.)(x[::2], 9), atol=1e-5, rtol=1e-5)
+        assert not torch.equal(guided(m, 0)(x, 9, delta_h=1.), guided(m, 0)(x, 9)), 'other conditions pass through'
     with pytest.raises(UserError, match='class-conditional'): guided(tiny_unet(), 0)
+    with pytest.raises(UserError, match='no label to go to'): guided(m)(x, 9)
+
+
+def test_guidance_is_a_formula_over_any_noise_predictor():
+    def eps_model(x_t, t, label=None, shift=0.): return x_t + shift if label is None else x_t * (2 + label) + shift
+    x = torch.ones(1, 1, 1, 1)
+    assert guided(eps_model, 1, 2.)(x, 5, shift=.5).item() == 1.5 + 2 * (3.5 - 1.5)
+
+
+def networks():
+    "One of each kind: diffusers' and guided diffusion's."
+    torch.manual_seed(0)
+    there = GuidedUNet(16, channels=(32, 64), attention=(1,), width=32, head_channels=16)
+    return dict(ours=(tiny_unet(), (32, 4, 4)), guided=(EpsUNet(there).eval(), (64, 8, 8)))
+
+
+@pytest.mark.parametrize('kind', ['ours', 'guided'])
+def test_the_bottleneck_can_be_read_and_edited(x, kind):
+    (m, shape), seen = networks()[kind], []
+    handle = m.bottleneck.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    with torch.no_grad():
+        plain = m(x, 9)
+        assert torch.equal(m(x, 9, delta_h=torch.zeros(3, *shape)), plain) and torch.equal(m(x, 9, delta_h=0), plain)
+        one = torch.zeros(3, *shape); one[1] = 1.
+        edited = m(x, 9, delta_h=one)
+    assert [s.shape for s in seen] == [(3, *shape)] * 4 and torch.equal(seen[3], seen[0] + one), 'a hook sees what goes on'
+    assert torch.equal(edited[::2], plain[::2]) and not torch.allclose(edited[1], plain[1]), 'each image has its own edit'
+    handle.remove()
+    with torch.no_grad(): assert torch.equal(m(x, 9), plain), 'nothing stays behind'
+    delta = torch.zeros(shape[0], 1, 1, requires_grad=True)
+    m(x, 9, delta_h=delta).sum().backward()
+    assert delta.grad.abs().sum() > 0
+
+
+def test_conditions_it_does_not_have_are_refused(x):
+    m = tiny_unet()
+    with pytest.raises(UserError, match='no condition lable'): m(x, 9, lable=1)
+    with pytest.raises(UserError, match=r'delta_h is \[3, 5, 1, 1\], the bottleneck \[3, 32, 4, 4\]'): m(x, 9, delta_h=torch.zeros(3, 5, 1, 1))
+    with pytest.raises(UserError, match='delta_h is'): m(x[:1], 9, delta_h=torch.zeros(2, 32, 4, 4))
+    with torch.no_grad(): m(x, 9)
+    assert not m.bottleneck._forward_hooks
 
 
 def test_tiny_unet_is_deterministic_and_leaves_the_global_seed_alone():

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACE_BOX', 'FACENET_FILES', 'FACENET_URL', 'FACENET_SCALE', 'Embedder', 'check_face_box', 'face_input', 'conv_bn',
-           'ResBlock', 'FaceNet64', 'read_state', 'fit_state', 'facenet', 'facenet_file', 'load_embedder',
-           'identity_loss']
+           'ResBlock', 'FaceNet64', 'read_state', 'fit_state', 'facenet', 'facenet_file', 'conv6', 'InvertedResidual',
+           'MobileFaceNet', 'load_teacher', 'identity_loss']
 
 # %% ../../nbs/11_identity.ipynb #3fe0efbc
 import os, pickle
@@ -18,8 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import UserError
-from ..store import asset_file, load_card, sha256_file
-from ..adaptation.losses import cosine_loss
+from ..store import sha256_file
 
 # %% ../../nbs/11_identity.ipynb #6f64a733
 class Embedder(nn.Module):
@@ -157,23 +156,57 @@ def facenet_file(name:str) -> Path: # 'vggface2' or 'casia-webface'
                         f"or give its place: load_embedder('facenet:/path/to/{path.name}')") from None
     return path
 
-# %% ../../nbs/11_identity.ipynb #73be650f
-def load_embedder(name='shipped', # see the table
-                  device='cpu',
-                  face_box=None,  # (left, top, right, bottom) as parts of the sides; None: `FACE_BOX` for FaceNet64, the whole picture for facenet
-                 ) -> Embedder:
-    "A frozen face embedder. `UserError` says what is missing and where to put it."
-    name = str(name)
-    if name.startswith('facenet:'):
-        net, sha = facenet(name.removeprefix('facenet:'))
-        info = dict(name=f'facenet-pytorch/{Path(name.removeprefix("facenet:")).name}', sha256=sha, provenance='published')
-        return Embedder(net, 160, info, face_box, FACENET_SCALE).to(device)
-    if name == 'shipped':
-        path, info = asset_file('embedder', 'embedder.safetensors'), dict(name=load_card('embedder').get('name', 'facenet64'), provenance='shipped')
-    elif Path(name).suffix in ('.safetensors', '.pt', '.pth'): path, info = Path(name), dict(name=Path(name).name, provenance='published')
-    else: raise UserError(f"no embedder {name!r}; use 'shipped', 'facenet:vggface2', 'facenet:/path/file.pt' or the path of a .safetensors file")
-    net = fit_state(FaceNet64(), read_state(path), path, 'FaceNet64')
-    return Embedder(net, 64, dict(info, sha256=sha256_file(path)), face_box or FACE_BOX).to(device)
+# %% ../../nbs/11_identity.ipynb #9c5a8049
+def conv6(n_in, n_out, k=3, stride=1, groups=1):
+    "Convolution, batch norm, ReLU6."
+    conv = nn.Conv2d(n_in, n_out, k, stride, k // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(n_out), nn.ReLU6())
+
+class InvertedResidual(nn.Module):
+    "1x1 up to `expand` times the channels, 3x3 per channel, 1x1 down."
+    def __init__(self, n_in, n_out, stride, expand):
+        super().__init__()
+        n = n_in * expand
+        self.conv = nn.Sequential(conv6(n_in, n, 1), conv6(n, n, 3, stride, n),
+                                  nn.Conv2d(n, n_out, 1, bias=False), nn.BatchNorm2d(n_out))
+        self.way_around = stride == 1 and n_in == n_out
+
+    def forward(self, x): return x + self.conv(x) if self.way_around else self.conv(x)
+
+# %% ../../nbs/11_identity.ipynb #28b5a322
+class MobileFaceNet(nn.Module):
+    "[b, 3, 112, 112] in [-1, 1] -> [b, 128]. Names of the parts are those of the published state dict."
+    def __init__(self, stages=((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), # expand, channels, blocks, stride
+                               (4, 128, 1, 2), (2, 128, 2, 1))):
+        super().__init__()
+        self.conv1, dw, blocks, n = conv6(3, 64, 3, 2), nn.Module(), [], 64
+        dw.depthwise = nn.Conv2d(64, 64, 3, 1, 1, groups=64, bias=False)
+        dw.pointwise = nn.Conv2d(64, 64, 1, bias=False)
+        dw.bn1, dw.bn2 = nn.BatchNorm2d(64), nn.BatchNorm2d(64)
+        self.dw_conv = dw
+        for expand, channels, count, stride in stages:
+            for i in range(count):
+                blocks.append(InvertedResidual(n, channels, stride if i == 0 else 1, expand)); n = channels
+        self.features, self.conv2, self.gdconv = nn.Sequential(*blocks), conv6(n, 512, 1), nn.Module()
+        self.gdconv.depthwise = nn.Conv2d(512, 512, 7, groups=512, bias=False)
+        self.gdconv.bn = nn.BatchNorm2d(512)
+        self.conv3, self.bn = nn.Conv2d(512, 128, 1), nn.BatchNorm2d(128)
+        for k, v in (('mean', (.485, .456, .406)), ('std', (.229, .224, .225))):
+            self.register_buffer(k, torch.tensor(v).view(1, 3, 1, 1), persistent=False)
+
+    def forward(self, x):
+        x, dw = self.conv1(((x + 1) / 2 - self.mean) / self.std), self.dw_conv
+        x = F.relu6(dw.bn2(dw.pointwise(F.relu6(dw.bn1(dw.depthwise(x))))))
+        x = self.conv2(self.features(x))
+        return self.bn(self.conv3(self.gdconv.bn(self.gdconv.depthwise(x)))).flatten(1)
+
+# %% ../../nbs/11_identity.ipynb #06444c59
+def load_teacher(path, # MobileFaceNet's state dict, .pt
+                 face_box=FACE_BOX, device='cpu') -> Embedder:
+    "MobileFaceNet as an `Embedder`: images in the library's crop, any size, 148 px and more give its best."
+    net = fit_state(MobileFaceNet(), read_state(path), path, 'MobileFaceNet')
+    info = dict(name=f'mobilefacenet/{Path(path).name}', sha256=sha256_file(path), provenance='published')
+    return Embedder(net, 112, info, face_box).to(device)
 
 # %% ../../nbs/11_identity.ipynb #5fa05fa4
 def identity_loss(embedder, # an `Embedder`, or anything with `embed`
@@ -183,4 +216,4 @@ def identity_loss(embedder, # an `Embedder`, or anything with `embed`
     "Mean of 1 - cos between the faces; gradient goes to `x_gen` only."
     if x_gen.shape != x_ref.shape: raise UserError(f'x_gen and x_ref must have the same shape, got {list(x_gen.shape)} and {list(x_ref.shape)}')
     with torch.no_grad(): ref = embedder.embed(x_ref)
-    return cosine_loss(embedder.embed(x_gen), ref)
+    return (1 - F.cosine_similarity(embedder.embed(x_gen), ref)).mean()

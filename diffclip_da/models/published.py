@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from ..core import UserError
 from ..store import atomic_write, read_json, sha256_file
 from ..diffusion.schedule import linear_schedule
-from .unet import WEIGHTS_NAME, EpsUNet, _read_folder
+from .unet import WEIGHTS_NAME, EpsUNet
 
 # %% ../../nbs/07b_published.ipynb #16161571
 SUFFIXES = '.ckpt', '.pt', '.pth', '.bin', '.safetensors'
@@ -356,7 +356,6 @@ def load_folder(folder, sha256:str|None=None, # of the weights file, see `finger
                 name:str|None=None, note=True, # for `info`; note the hash beside the file
                ) -> EpsUNet:
     "An unconditional `UNet2DModel` from a folder that diffusers wrote, or a whole pipeline's"
-    if (Path(folder) / 'diffclip.json').is_file(): return _read_folder(Path(folder))
     path, weights = find_unet(folder)
     config, digest = read_json(path), fingerprint(weights, sha256)
     kind, labels = config.get('_class_name', 'UNet2DModel'), (config.get('num_class_embeds'), config.get('class_embed_type'))

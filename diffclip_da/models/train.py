@@ -22,7 +22,8 @@ from ..store import atomic_write
 from ..data import celeba, image_folder
 from ..diffusion.reverse import diffusion_loss, p2_weight
 from ..diffusion.schedule import Schedule, linear_schedule
-from .unet import EpsUNet, load_unet, save_unet, small_unet
+from .unet import EpsUNet, save_unet, small_unet
+from .load import load_unet
 
 # %% ../../nbs/08_train.ipynb #c2d4a0be
 @dataclass(frozen=True)

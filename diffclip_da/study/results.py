@@ -34,9 +34,9 @@ from ..data import ImageSet, read_attribute
 from .evaluate import Evaluation, closed, find_fs2k, group_of, over_seeds, recalls, variant
 from .experiment import Experiment, describe_sets, differing_settings, find_celeba, repo_root, show_picture, t_interval, tolerances
 from ..adaptation.finetune import device_of
-from ..models.identity import load_embedder
+from ..models.load import load_embedder
 from ..adaptation.losses import text_direction
-from ..workshop.train_embedder import load_teacher
+from ..models.identity import load_teacher
 
 # %% ../../nbs/15d_results.ipynb #4f8d6661
 def finish_figure(ev:Evaluation, figure:str, fig, numbers:dict, summary:dict, table:pd.DataFrame,

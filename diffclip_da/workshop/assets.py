@@ -21,14 +21,17 @@ import torch
 from scipy.linalg import sqrtm
 from sklearn.linear_model import LogisticRegression
 
-from ..models.clip import load_clip, zero_shot
+from ..models.clip import zero_shot
+from ..models.load import load_guide
 from ..core import UserError, friendly_exit, from_uint8, new_generator, progress, to_pil, to_uint8
 from ..store import atomic_write, sha256_file, write_json
 from ..data import celeba
 from ..diffusion.ddim import reconstruct, sample, step_pairs
-from ..models.identity import load_embedder
+from ..models.load import load_embedder
 from ..diffusion.schedule import Schedule, linear_schedule
-from ..models.unet import WEIGHTS_NAME, guided, load_unet, save_unet
+from ..models.unet import WEIGHTS_NAME, save_unet
+from ..diffusion.guidance import guided
+from ..models.load import load_unet
 
 # %% ../../nbs/19_assets.ipynb #f61e9c40
 @torch.no_grad()
@@ -162,7 +165,7 @@ def unet_asset(args, model, samples, features, test, schedule):
 def faces_asset(args, images, labels, photos, features, n_drawn):
     "Audit the drawn faces and write `faces/` with its card"
     (train, test), drawn = photos, from_uint8(images)
-    judge = load_clip(args.judge)
+    judge = load_guide(args.judge)
     near_drawn, near_test = (float(np.quantile(nearest(features[k], features['train'])[1], 0.99)) for k in ('faces', 'test'))
     measured = dict(count=len(images), drawn_for_one_kept=n_drawn / len(images), label_agreement=label_agreement(judge, drawn, labels),
                     judge_accuracy_on_test_photos=label_agreement(judge, test[0], test[1]),

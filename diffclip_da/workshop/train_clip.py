@@ -21,7 +21,8 @@ from PIL import Image
 from safetensors.torch import save as save_bytes
 from torch.nn import functional as F
 
-from ..models.clip import PREPROCESS, TEMPLATES, class_features, fill, load_clip, new_clip
+from ..models.clip import PREPROCESS, TEMPLATES, class_features, fill, new_clip
+from ..models.load import load_guide
 from ..core import UserError, friendly_exit, from_pil, from_uint8, new_generator, progress
 from ..store import atomic_write, canonical_hash, sha256_file, write_json
 from ..data import CELEBA_CROP, celeba, fs2k
@@ -486,7 +487,7 @@ def main(argv=None):
     files = save_clip(model, a.out)
     command = f'python -m diffclip_da.workshop.train_clip --celeba CELEBA --fs2k FS2K --out OUT --steps {cfg.steps} --rounds {cfg.rounds} --seed {cfg.seed} --adversary {cfg.adversary:g}{" --bf16" * cfg.bf16}' + (
         f' --n-sketches {cfg.n_sketches} --n-photos {cfg.n_photos}' if (cfg.n_sketches, cfg.n_photos) != (ClipConfig.n_sketches, ClipConfig.n_photos) else '')
-    card = write_card(a.out, files, measure_clip(load_clip(a.out), a.celeba, a.fs2k), pool, cfg, seconds, command)
+    card = write_card(a.out, files, measure_clip(load_guide(a.out), a.celeba, a.fs2k), pool, cfg, seconds, command)
     print(card['measured'])
 
 if __name__ == '__main__' and '__file__' in globals(): main() # a notebook has no __file__
