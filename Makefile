@@ -6,6 +6,8 @@ FS2K    ?=
 OUT     ?= runs/assets
 JUDGE   ?=
 OTHER   ?= $(patsubst %/card.json,%,$(wildcard runs/guide/clip/card.json))
+# Figure 29 compares two guides; with the data at hand and no second one, it is trained first
+GUIDE   := $(if $(OTHER),,$(if $(and $(CELEBA),$(FS2K)),guide))
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
@@ -33,18 +35,18 @@ figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELE
 	done
 	@ls figures/$(PROFILE)/*.png
 
-results: $(STAMP) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, JUDGE=file, OTHER=folder of a second guide, which is trained if there is none)
+results: $(STAMP) $(GUIDE) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, JUDGE=file, OTHER=folder of a second guide, which is trained if there is none)
 	@mkdir -p runs/$(PROFILE)
 	@for n in 23 24 25 26 27 28 29; do \
 	  case $$n in \
 	    27) set -- $(if $(JUDGE),-p judge "$(abspath $(JUDGE))");; \
-	    29) $(if $(OTHER),:,$(if $(and $(CELEBA),$(FS2K)),$(MAKE) guide,continue)) || exit 1; set -- -p other "$(abspath $(or $(OTHER),runs/guide/clip))";; \
+	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(abspath $(or $(OTHER),runs/guide/clip))";; \
 	    *) set --;; \
 	  esac; \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(if $(FS2K),-p fs2k "$(abspath $(FS2K))") "$$@" $(ARGS) || exit 1; \
 	done
-	$(BIN)/python -m diffclip_da.study.results $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
+	$(BIN)/python -m diffclip_da.study.page $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
 
 guide: $(STAMP) ## a second guide that never saw a hand-drawn sketch, for Figure 29: CELEBA=folder FS2K=folder, into runs/guide
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" || { echo "give CELEBA=folder FS2K=folder (FS2K only measures the result)"; exit 2; }

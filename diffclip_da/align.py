@@ -20,11 +20,12 @@ from .store import atomic_write
 from .data import ImageSet, Store
 
 # %% ../nbs/06b_align.ipynb #e22875a7
-TEMPLATE = np.array([(.371, .488), (.635, .487), (.498, .651), (.388, .769), (.619, .768)]) # left eye, right eye (as seen), nose, corners of the mouth: (x, y), 0 to 1
+# left eye, right eye (as seen), nose, corners of the mouth: (x, y) as parts of the sides
+TEMPLATE = np.array([(.371, .488), (.635, .487), (.498, .651), (.388, .769), (.619, .768)])
 
 # %% ../nbs/06b_align.ipynb #774a52db
 def fit_similarity(source, target): # [n, 2] points, n >= 2
-    "The 2 x 3 matrix of the similarity that takes `source` nearest to `target` in the least-squares sense."
+    "The 2 x 3 matrix of the similarity that takes `source` nearest to `target` (least squares)."
     (x, y), one, nil = np.asarray(source, float).T, np.ones(len(source)), np.zeros(len(source))
     A = np.concatenate([np.stack([x, -y, one, nil], 1), np.stack([y, x, nil, one], 1)])
     a, b, u, v = np.linalg.lstsq(A, np.asarray(target, float).T.ravel(), rcond=None)[0]
@@ -32,13 +33,15 @@ def fit_similarity(source, target): # [n, 2] points, n >= 2
 
 # %% ../nbs/06b_align.ipynb #04b67379
 def warp(im:Image.Image, landmarks, size:int): # the photo; [5, 2] pixels; side of the result
-    "The photo turned, scaled and cut so that `landmarks` lie on `TEMPLATE`; what lies outside the photo is mirrored from its edge."
-    shrink = 1 / math.sqrt(np.linalg.det(fit_similarity(landmarks, TEMPLATE * size)[:, :2]))   # photo pixels to a result pixel
-    k = max(1, math.ceil(shrink))               # drawn k times as large, then averaged down: no aliasing
-    margin = max(im.size) // 2
-    wide = Image.fromarray(np.pad(np.asarray(im.convert('RGB')), ((margin, margin), (margin, margin), (0, 0)), mode='symmetric'))
-    inverse = fit_similarity(TEMPLATE * size * k, np.asarray(landmarks, float) + margin)
-    return wide.transform((size * k,) * 2, Image.AFFINE, inverse.ravel().tolist(), Image.BICUBIC).resize((size, size), Image.LANCZOS)
+    "The photo turned, scaled and cut so that `landmarks` lie on `TEMPLATE`; edges are mirrored."
+    # photo pixels to a result pixel
+    shrink = 1 / math.sqrt(np.linalg.det(fit_similarity(landmarks, TEMPLATE * size)[:, :2]))
+    k = max(1, math.ceil(shrink))   # drawn k times as large, then averaged down: no aliasing
+    m = max(im.size) // 2           # margin
+    wide = np.pad(np.asarray(im.convert('RGB')), ((m, m), (m, m), (0, 0)), mode='symmetric')
+    inverse = fit_similarity(TEMPLATE * size * k, np.asarray(landmarks, float) + m).ravel().tolist()
+    large = Image.fromarray(wide).transform((size * k,) * 2, Image.AFFINE, inverse, Image.BICUBIC)
+    return large.resize((size, size), Image.LANCZOS)
 
 # %% ../nbs/06b_align.ipynb #62ff1a84
 @cache
@@ -48,32 +51,47 @@ def detector(device='cpu'):
     return MTCNN(keep_all=True, post_process=False, device=device)
 
 def find_face(im:Image.Image, min_probability=.9, device='cpu') -> dict|None:
-    "Landmarks [5, 2] in pixels, probability and number of faces; the largest face counts. None: there is none."
-    with torch.no_grad(): boxes, p, points = detector(device).detect(im.convert('RGB'), landmarks=True)
+    "Landmarks [5, 2] in pixels, probability and number of faces; the largest face counts, if any."
+    with torch.no_grad():
+        boxes, p, points = detector(device).detect(im.convert('RGB'), landmarks=True)
     if boxes is None: return None
     boxes, p, points = (np.asarray(a, dtype=float) for a in (boxes, p, points))
-    boxes, p, points = boxes[p >= min_probability], p[p >= min_probability], points[p >= min_probability]
+    sure = p >= min_probability
+    boxes, p, points = boxes[sure], p[sure], points[sure]
     if not len(p): return None
     k = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).argmax()
     return dict(landmarks=points[k], probability=float(p[k]), n_faces=len(p))
 
 # %% ../nbs/06b_align.ipynb #8fc01f3b
-def align_faces(images:ImageSet, out, size=256, # where the aligned PNGs and alignment.csv go; pixels
+def align_faces(images:ImageSet,
+                out, size=256, # where the aligned PNGs and alignment.csv go; pixels
                 min_probability=.9, device='cpu',
-               ) -> tuple: # (ImageSet of the aligned images, same ids and labels; table: one row per photo)
-    "Align every photo's largest face. A photo without a face is left out and named; `UserError` when no photo has one."
-    if not 0 < min_probability < 1: raise UserError(f'min_probability = {min_probability}: must lie between 0 and 1')
+               ) -> tuple: # (aligned `ImageSet`, same ids and labels; table with one row per photo)
+    """Align every photo's largest face. A photo without one is left out and named in the table.
+
+    `UserError` when no photo has a face.
+    """
+    if not 0 < min_probability < 1:
+        raise UserError(f'min_probability = {min_probability}: must lie between 0 and 1')
     out, rows, files = Path(out), [], {}
     for k, i in enumerate(progress(images.ids, desc='aligning faces')):
         im = images.pil(i)
         face = find_face(im, min_probability, device)
-        rows.append(dict(id=i, found=face is not None, n_faces=face['n_faces'] if face else 0, probability=face['probability'] if face else None))
+        seen = face or dict(n_faces=0, probability=None)
+        rows.append(dict(id=i, found=face is not None, n_faces=seen['n_faces'],
+                         probability=seen['probability']))
         if not face: continue
         files[i] = f'{k:06}.png'
-        with atomic_write(out/files[i]) as f: warp(im, face['landmarks'], size).save(f, format='PNG')
+        with atomic_write(out/files[i]) as f:
+            warp(im, face['landmarks'], size).save(f, format='PNG')
     table = pd.DataFrame(rows)
-    with atomic_write(out/'alignment.csv', 'w') as f: table.to_csv(f, index=False, lineterminator='\n')
-    if not files: raise UserError(f'{images.name}: no face was found in any of the {len(images)} photos; align works for faces only: leave it out for other subjects')
+    with atomic_write(out/'alignment.csv', 'w') as f:
+        table.to_csv(f, index=False, lineterminator='\n')
+    if not files:
+        raise UserError(f'{images.name}: no face was found in any of the {len(images)} photos; '
+                        'align works for faces only: leave it out for other subjects')
     labels = {i: images.labels[i] for i in files} if images.labels else None
     people = {i: images.identity[i] for i in files} if images.identity else None
-    return ImageSet(f'{images.name}-aligned', Store(out), files, labels, images.classes, None, people), table
+    aligned = ImageSet(f'{images.name}-aligned', Store(out), files, labels, images.classes, None,
+                       people, images.captions, images.size)
+    return aligned, table

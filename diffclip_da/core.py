@@ -21,10 +21,10 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/01_core.ipynb #56eda57f
 class UserError(ValueError):
-    "Bad input; the text names the file or value at fault and the fix. No traceback on command lines."
+    "Bad input. The text names the file or value at fault and the fix; a command line shows only it."
 
 def friendly_exit(main):
-    "Decorator for a `main`: a `UserError` becomes one line on stderr and exit code 2, Ctrl-C code 130."
+    "Decorator for a `main`: a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."
     @functools.wraps(main)
     def wrapped(*args, **kwargs):
         try: return main(*args, **kwargs)
@@ -36,27 +36,25 @@ def friendly_exit(main):
             raise SystemExit(130) from None
     return wrapped
 
-# %% ../nbs/01_core.ipynb #ab1a648d
+# %% ../nbs/01_core.ipynb #4365f894
 def command(cls,       # a dataclass, or a function with typed arguments
             argv=None, # the arguments; None: those that the program was called with
             prog=None, # how the program is called, for its help
-            default=None, # an instance whose values are the defaults; tyro.MISSING marks what must be given
            ):          # an instance of `cls`, or what the function returns
-    "Options from fields: `n_inv: int = 6  # steps` becomes `--n-inv`, explained as 'steps'. Bad ones exit with 2."
+    "Options from fields: `n_inv: int = 6  # steps` becomes `--n-inv`. Wrong ones exit with code 2."
     import tyro   # only command lines need it
     config = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
-    kw = {} if default is None else dict(default=default)
-    return tyro.cli(cls, args=None if argv is None else list(argv), prog=prog, config=config, **kw)
+    return tyro.cli(cls, args=None if argv is None else list(argv), prog=prog, config=config)
 
 # %% ../nbs/01_core.ipynb #cac604e2
 def set_seed(seed:int):
-    "Seed Python's, NumPy's and torch's global generators, from which layers draw their first weights."
+    "Seed the global generators of Python, NumPy and torch, from which layers draw first weights."
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 def new_generator(seed:int, # any non-negative integer
-                  device='cpu', # where numbers are drawn; 'cpu' gives the same ones on every machine
+                  device='cpu', # where numbers are drawn; 'cpu': the same ones on every machine
                  ) -> torch.Generator:
     "A fresh torch generator. Pass it as `generator=` to whatever draws."
     return torch.Generator(device=device).manual_seed(seed)
@@ -77,7 +75,7 @@ def default_device() -> torch.device:
     return torch.device('cpu')
 
 def in_dtype(model, dtype:str): # a module or any callable; 'float32', 'bfloat16' or 'float16'
-    "The same function, its products and convolutions in another number type, its result in float32."
+    "The same function with its arithmetic in another number type and its result in float32."
     if dtype == 'float32': return model
     def call(x, *rest, **cond):
         with torch.autocast(x.device.type, getattr(torch, dtype)):
@@ -95,7 +93,8 @@ def processes() -> tuple: # (rank, number of processes, a function that waits fo
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=2))
     return state.process_index, state.num_processes, state.wait_for_everyone
 
-def local_device(name=None) -> torch.device: # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
+def local_device(name=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; None: the best there is
+                ) -> torch.device:
     "A device that works, or `UserError`; among several GPUs the one of this process."
     if name:
         try: return torch.zeros(1, device=name).device
@@ -138,7 +137,7 @@ def from_pil(im:Image.Image, size:int|None=None # if given, resized to size x si
 def image_grid(x:torch.Tensor, # [b, 3, h, w] or [b, 1, h, w] in [-1, 1]
                n_cols:int, pad=2, # columns; white pixels between images
               ) -> torch.Tensor: # [3, H, W]
-    "Images laid out row by row on white (torchvision's `make_grid`, with a margin for one image too)."
+    "Images laid out row by row on white, by torchvision (whose grid of one has no frame)."
     if x.ndim != 4 or len(x) == 0:
         raise UserError(f'image_grid takes images [b, c, h, w], got shape {tuple(x.shape)}')
     x = x.detach().float().cpu()

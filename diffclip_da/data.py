@@ -29,7 +29,7 @@ from .store import (asset_file, atomic_write, canonical_hash, check_not_html, lo
 
 # %% ../nbs/06_data.ipynb #8e1e0543
 def to_rgb(im:Image.Image) -> Image.Image:
-    "Any PIL image -> upright RGB of 8 bits, transparent pixels over white, 16-bit grey divided by 257."
+    "Any PIL image -> upright RGB of 8 bits, transparency over white, 16-bit grey divided by 257."
     im = ImageOps.exif_transpose(im)
     if im.mode == 'RGB' and 'transparency' not in im.info: return im
     if im.mode.startswith('I'):
@@ -46,7 +46,7 @@ _BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error,
            Image.DecompressionBombError)
 
 def decode(b:bytes, where:str) -> Image.Image:
-    "Encoded bytes -> RGB image. `UserError` names `where` if they are truncated, damaged or no image."
+    "Encoded bytes -> RGB image. `UserError` names `where` if they are damaged or no image."
     if not b: raise UserError(f'{where}: the file is empty; fetch it again or delete it')
     try:
         im = Image.open(io.BytesIO(b))
@@ -55,7 +55,8 @@ def decode(b:bytes, where:str) -> Image.Image:
     except _BROKEN as e:
         kind = 'truncated' if 'truncated' in str(e).lower() else 'damaged, or not an image'
         why = e if str(e) and 'BytesIO' not in str(e) else type(e).__name__
-        raise UserError(f'{where}: the image is {kind} ({why}); fetch it again or delete it') from None
+        text = f'{where}: the image is {kind} ({why}); fetch it again or delete it'
+        raise UserError(text) from None
 
 # %% ../nbs/06_data.ipynb #b4dbd746
 CELEBA_CROP = (15, 40, 163, 188) # left, top, right, bottom in CelebA's 178 x 218 pixels
@@ -63,7 +64,7 @@ CELEBA_CROP = (15, 40, 163, 188) # left, top, right, bottom in CelebA's 178 x 21
 FS2K_CROP = dict(square=(.064, 0., .872), upright=(.044, .11, .911), wide=(.203, .066, .798))
 
 def crop_image(im:Image.Image,
-               crop, # a pixel box (left, top, right, bottom); 'center': the central square; 'fs2k'; None
+               crop, # a box (left, top, right, bottom); 'center': the central square; 'fs2k'; None
                where='image', # for the message
               ) -> Image.Image:
     "Cut `crop` out of `im`. A box that sticks out is an error, since PIL would fill in black."
@@ -99,8 +100,11 @@ class Store:
     def names(self) -> list[str]:
         "Relative paths with '/', sorted; hidden files are skipped."
         if self.is_zip: found = [n for n in self.zip().namelist() if not n.endswith('/')]
-        else: found = [p.relative_to(self.path).as_posix() for p in self.path.rglob('*') if p.is_file()]
-        return sorted(n for n in found if not any(part.startswith(_HIDDEN) for part in n.split('/')))
+        else:
+            files = [p for p in self.path.rglob('*') if p.is_file()]
+            found = [p.relative_to(self.path).as_posix() for p in files]
+        def hidden(name): return any(part.startswith(_HIDDEN) for part in name.split('/'))
+        return sorted(n for n in found if not hidden(n))
     def where(self, name) -> str:
         "The file as a message names it."
         return f'{self.path}:{name}' if self.is_zip else f'{self.path}/{name}'
@@ -112,13 +116,13 @@ class Store:
 
 # %% ../nbs/06_data.ipynb #485e502c
 def check_zip(path):
-    "Raise `UserError` unless `path` is a complete zip; a web page saved under that name is told apart."
+    "Raise `UserError` unless `path` is a complete zip; a web page under that name is recognised."
     check_not_html(path)
     if not zipfile.is_zipfile(path):
         raise UserError(f'{path}: not a complete zip ({Path(path).stat().st_size:,} bytes); '
                         'the download was probably cut short: fetch it again')
 
-# %% ../nbs/06_data.ipynb #945df492
+# %% ../nbs/06_data.ipynb #f60d017b
 ATTRIBUTE_WORDS = {   # attribute -> (wordings for yes, wordings for no)
     'Male': ('man, gentleman, guy, male person, male', 'woman, lady, female person, female, girl'),
     'Smiling': ('smiling, with a smile, who smiles, with a happy smile',
@@ -174,15 +178,15 @@ ATTRIBUTE_WORDS = {k: tuple(tuple(w.strip() for w in side.split(',')) for side i
 _AFTER = ('with', 'without', 'who', 'whose', 'in')
 _NOUNS = dict(female='woman', male='man')
 
-def describe(noun:str, words=()) -> str: # 'man', ['young', 'with glasses'] -> 'a young man with glasses'
+def describe(noun:str, words=()) -> str: # 'man', ['young', 'in a hat'] -> 'a young man in a hat'
     "A noun phrase: adjectives before the noun, the rest behind it."
     after = [w for w in words if w.split()[0] in _AFTER]
     before = ' '.join([w for w in words if w.split()[0] not in _AFTER] + [noun])
     article = 'an' if before[0].lower() in 'aeio' else 'a'
     return f'{article} {before}' + (' ' + ' and '.join(after) if after else '')
 
-def attribute_captions(attribute:str) -> list[str]: # -> captions of the classes no and yes, in this order
-    "What a guide is asked to tell a CelebA attribute: `Smiling` -> a serious person, a smiling person."
+def attribute_captions(attribute:str) -> list[str]: # -> captions of the classes no and yes
+    "What a guide is asked about an attribute: `Smiling` -> a serious person, a smiling person."
     if attribute == 'Male': return [describe('woman'), describe('man')]
     if attribute in ATTRIBUTE_WORDS:
         yes, no = (side[0] for side in ATTRIBUTE_WORDS[attribute])
@@ -198,7 +202,7 @@ def few(ids, n=3) -> str:
     return ', '.join(ids[:n]) + (f' and {len(ids) - n:,} more' if len(ids) > n else '')
 
 def _load_cached(path, shape) -> np.ndarray|None:
-    "The cached uint8 array, or None if there is none of that shape (a broken one is only made again)."
+    "The cached uint8 array, or None if there is none of that shape (a broken one is made again)."
     try: u = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError): return None
     return u if u.shape == shape and u.dtype == np.uint8 else None
@@ -217,21 +221,23 @@ class ImageSet:
                  crop=None,             # see `crop_image`
                  identity:dict|None=None, # id -> person
                  captions=None,         # one text for each class; None: its name with an article
-                 size:int=64):          # pixels of `images[k]`, and of `tensor` if nothing else is said
-        self.name, self.store, self.files, self.crop, self.size = name, store, dict(files), crop, size
+                 size:int=64):          # pixels of `images[k]`, and `tensor`'s default
+        self.name, self.store, self.files = name, store, dict(files)
+        self.crop, self.size = crop, size
         self.ids, self.classes = list(self.files), list(classes)
         self.labels = None if labels is None else {i: int(labels[i]) for i in self.ids}
         self.identity = None if identity is None else {i: identity[i] for i in self.ids}
         self.captions = list(captions or [describe(_NOUNS.get(c, c)) for c in self.classes])
         if len(self.captions) != len(self.classes):
-            raise UserError(f'{name}: {len(self.captions)} captions for {len(self.classes)} classes; give one for each')
+            raise UserError(f'{name}: {len(self.captions)} captions for {len(self.classes)} '
+                            'classes; give one for each')
         self._hashes = {}
 
     def __len__(self): return len(self.ids)
 
     def __repr__(self):
-        n = '' if self.labels is None else ': ' + ', '.join(f'{k} {c}' for c, k in self.counts().items())
-        return f'ImageSet({self.name}, {len(self):,} images{n})'
+        n = ', '.join(f'{k} {c}' for c, k in self.counts().items()) if self.labels else ''
+        return f'ImageSet({self.name}, {len(self):,} images{": " if n else ""}{n})'
 
     def __getitem__(self, k:int) -> tuple: # -> (x [3, size, size] in [-1, 1], label or -1)
         "What `torch.utils.data.DataLoader` asks for."
@@ -265,7 +271,8 @@ class ImageSet:
     def labels_of(self, ids=None) -> torch.Tensor: # [b] int64, indices into `classes`
         "Labels in the order of `ids` (None: all)."
         if self.labels is None:
-            raise UserError(f'{self.name} has no labels; build it with labels= (a folder) or an attribute (CelebA)')
+            raise UserError(f'{self.name} has no labels; build it with labels= (a folder) or an '
+                            'attribute (CelebA)')
         return torch.tensor([self.labels[i] for i in self._check_ids(ids)], dtype=torch.long)
 
     def subset(self, ids, name:str|None=None) -> 'ImageSet':
@@ -274,15 +281,17 @@ class ImageSet:
         if len(set(ids)) < len(ids):
             twice = few({i for i in ids if ids.count(i) > 1})
             raise UserError(f'{self.name}: a subset must not hold an image twice: {twice}')
-        new = ImageSet(name or f'{self.name}[{len(ids)}]', self.store, {i: self.files[i] for i in ids},
-                       self.labels, self.classes, self.crop, self.identity, self.captions, self.size)
+        name, files = name or f'{self.name}[{len(ids)}]', {i: self.files[i] for i in ids}
+        new = ImageSet(name, self.store, files, self.labels, self.classes, self.crop, self.identity,
+                       self.captions, self.size)
         new._hashes = self._hashes   # shared: the same bytes
         return new
 
     def manifest(self) -> pd.DataFrame:
-        "Table indexed by id: `label` (Int64, missing if unlabelled) and `sha256` of the encoded bytes."
+        "Table by id: `label` (Int64, missing if unlabelled) and `sha256` of the encoded bytes."
         label = [pd.NA] * len(self) if self.labels is None else [self.labels[i] for i in self.ids]
-        columns = dict(label=pd.array(label, dtype='Int64'), sha256=[self.image_hash(i) for i in self.ids])
+        columns = dict(label=pd.array(label, dtype='Int64'),
+                       sha256=[self.image_hash(i) for i in self.ids])
         return pd.DataFrame(columns, index=pd.Index(self.ids, name='id', dtype='str'))
 
     def tensor(self, ids=None, size:int|None=None, # None: all ids; None: `self.size` pixels
@@ -307,7 +316,7 @@ class ImageSet:
         return from_uint8(torch.from_numpy(u))
 
     def batches(self, size:int|None=None, batch_size:int=64) -> Iterator[tuple]:
-        "Yield `(ids, x)` over the whole set, in order: a list of ids and `[b, 3, size, size]` in [-1, 1]."
+        "Yield `(ids, x)` over the whole set: a list of ids and `[b, 3, size, size]` in [-1, 1]."
         for k in range(0, len(self), batch_size):
             ids = self.ids[k:k + batch_size]
             yield ids, self.tensor(ids, size)
@@ -316,59 +325,68 @@ class ImageSet:
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.webp', '.bmp')
 
 def _csv_rows(path) -> list[tuple]:
-    "(row number, fields) of a CSV, stripped, without empty fields at the end; empty rows are left out."
+    "(row number, fields) of a CSV, stripped, without empty rows and empty fields at the end."
     check_not_html(path)
     try:
         text = Path(path).read_text(encoding='utf-8-sig')
         first = text.partition('\n')[0]
-        by = ';' if ';' in first and ',' not in first else '\t' if '\t' in first and ',' not in first else ','
-        rows = [(n, [f.strip() for f in r]) for n, r in enumerate(csv.reader(io.StringIO(text), delimiter=by), 1)]
+        by = next((c for c in ',;\t' if c in first), ',')
+        read = csv.reader(io.StringIO(text), delimiter=by)
+        rows = [(n, [f.strip() for f in r]) for n, r in enumerate(read, 1)]
     except (csv.Error, UnicodeDecodeError) as e:
-        raise UserError(f'{path}: not a readable CSV ({e}); it needs a header line "id,label" and one line per '
+        raise UserError(f'{path}: not a readable CSV ({e}); it needs a header line "id,label" and '
+                        'one line per '
                         'image, in UTF-8') from None
     for _, r in rows:
         while r and not r[-1]: r.pop()
     return [(n, r) for n, r in rows if r]
 
 def read_labels_csv(path) -> pd.DataFrame:
-    "Strings indexed by `id`, with `label` and any further columns; what is incomplete or double is refused."
+    "Texts by `id`: `label` and any further columns. What is incomplete or double is refused."
     rows = _csv_rows(path)
     if not rows:
-        raise UserError(f'{path}: not a readable CSV (it is empty); it needs a header line "id,label" and one '
+        raise UserError(f'{path}: not a readable CSV (it is empty); it needs a header line '
+                        '"id,label" and one '
                         'line per image')
     (_, header), *rows = rows
     if lack := [c for c in ('id', 'label') if c not in header]:
-        raise UserError(f'{path}: no column {" and no column ".join(lack)}; the first line must be the header '
+        raise UserError(f'{path}: no column {" and no column ".join(lack)}; the first line must be '
+                        'the header '
                         f'"id,label", found "{",".join(header)}"')
     for n, r in rows:
         if len(r) > len(header):
-            raise UserError(f'{path}: row {n} has {len(r)} fields, the header {len(header)}: {",".join(r)[:60]!r}; '
+            raise UserError(f'{path}: row {n} has {len(r)} fields, the header {len(header)}: '
+                            f'{",".join(r)[:60]!r}; '
                             'put quotes around a field that holds a comma')
-    df = pd.DataFrame([r + [''] * (len(header) - len(r)) for _, r in rows], columns=header, dtype=str)
+    full = [r + [''] * (len(header) - len(r)) for _, r in rows]
+    df = pd.DataFrame(full, columns=header, dtype=str)
     if (df.id.duplicated()).any():
         twice = few(set(df.id[df.id.duplicated()]))
         raise UserError(f'{path}: ids given twice: {twice}; keep one line for each image')
     if (bad := (df.label == '') | (df.id == '')).any():
         n = rows[int(np.flatnonzero(bad)[0])][0]
-        raise UserError(f'{path}: no label for {few(df.id[bad])} (row {n}); fill it in or take the image out of '
+        raise UserError(f'{path}: no label for {few(df.id[bad])} (row {n}); fill it in or take the '
+                        'image out of '
                         'the folder')
     return df.set_index('id')
 
 # %% ../nbs/06_data.ipynb #5c53e3d7
 def label_indices(label:pd.Series, # texts by id
                   where,           # for messages
-                  classes=None,    # names in their order; None: those found, sorted (as numbers if they are)
+                  classes=None,    # names in their order; None: those found, sorted
                  ) -> tuple[dict, list[str]]: # id -> index, class names
     "Texts to numbers. A single class is refused, unless `classes` says that there are more."
     found = set(label)
     if classes is None:
         if len(found) < 2:
-            raise UserError(f'{where}: every image has the label {few(found)}; a classifier needs images of two '
+            raise UserError(f'{where}: every image has the label {few(found)}; a classifier needs '
+                            'images of two '
                             'classes or more')
         numbers = all(re.fullmatch(r'-?\d+', c) for c in found)
         classes = sorted(found, key=int) if numbers else sorted(found)
     if unknown := found - set(classes):
-        raise UserError(f'{where}: labels {few(unknown)} are none of the classes {", ".join(classes)}')
+        raise UserError(f'{where}: labels {few(unknown)} are none of the classes '
+                        f'{", ".join(classes)}')
     index = {c: k for k, c in enumerate(classes)}
     return {i: index[c] for i, c in label.items()}, list(classes)
 
@@ -376,34 +394,40 @@ def _labels_in(root, ids, labels) -> pd.Series:
     "Label of each id, from the name of its folder or from a CSV."
     if str(labels) == 'folders':
         if loose := [i for i in ids if '/' not in i]:
-            raise UserError(f'{root}: {few(loose)} lie in no class folder; with labels="folders" each image lies in '
+            raise UserError(f'{root}: {few(loose)} lie in no class folder; with labels="folders" '
+                            'each image lies in '
                             'the folder of its class')
         return pd.Series({i: i.split('/')[0] for i in ids})
     label = read_labels_csv(labels).label
     if unknown := set(label.index) - set(ids):
-        raise UserError(f'{labels}: {len(unknown):,} ids have no image in {root}: {few(unknown)}; an id is the path '
+        raise UserError(f'{labels}: {len(unknown):,} ids have no image in {root}: {few(unknown)}; '
+                        'an id is the path '
                         'below the folder, suffix included')
     if missing := set(ids) - set(label.index):
-        raise UserError(f'{labels}: no line for {len(missing):,} images of {root}: {few(missing)}; add them, or move '
+        raise UserError(f'{labels}: no line for {len(missing):,} images of {root}: {few(missing)}; '
+                        'add them, or move '
                         'those images away')
     return label
 
 def image_folder(root,          # a folder (searched with its sub-folders) or a zip
-                 labels=None,   # a CSV with columns id and label; 'folders': a folder per class; None: unlabelled
+                 labels=None,   # a CSV with columns id, label; 'folders': one per class; None
                  crop='center', # see `crop_image`
                  classes=None,  # names in their order, such as those of another set; None: sorted
                  captions=None, # see `ImageSet`
                 ) -> ImageSet:
     """Any images. Ids are paths below `root`; hidden files are skipped.
 
-    >>> photos = image_folder('photos/', 'folders')                 # photos/cat/1.jpg, photos/dog/1.jpg
+    >>> photos = image_folder('photos/', 'folders')   # photos/cat/1.jpg, photos/dog/1.jpg
     >>> sketches = image_folder('sketches/', 'labels.csv', classes=photos.classes)
     """
     root = Path(root).expanduser()
-    if not root.exists(): raise UserError(f'{root}: no such folder; give the folder that holds the images')
+    if not root.exists():
+        raise UserError(f'{root}: no such folder; give the folder that holds the images')
     store = Store(root)
     ids = [n for n in store.names() if n.lower().endswith(IMAGE_SUFFIXES)]
-    if not ids: raise UserError(f'{root}: no images ({", ".join(IMAGE_SUFFIXES)}) in this folder or below it')
+    if not ids:
+        raise UserError(f'{root}: no images ({", ".join(IMAGE_SUFFIXES)}) in this folder or below '
+                        'it')
     found, names = None, classes or []
     if labels is not None:
         where = root if str(labels) == 'folders' else labels
@@ -414,7 +438,7 @@ def image_folder(root,          # a folder (searched with its sub-folders) or a 
 PARTITIONS = dict(train=0, valid=1, test=2)
 
 def _find(root:Path, name:str) -> Path|None:
-    "A file or folder of CelebA below `root`: there, in torchvision's layout, or in the official one."
+    "A file of CelebA below `root`: there, in torchvision's layout, or in the official one."
     for base in (root, root/'celeba', root/'CelebA'):
         for sub in ('', 'Img', 'Anno', 'Eval'):
             if (p := base/sub/name).exists(): return p
@@ -432,7 +456,8 @@ def _read_pairs(path) -> dict[str, int]:
         except ValueError:
             raise UserError(f'{path}: line {n} is {line[:60]!r}, expected "name.jpg number"; '
                             'fetch the file again') from None
-        if name in pairs: raise UserError(f'{path}: {name} is given twice (line {n}); fetch the file again')
+        if name in pairs:
+            raise UserError(f'{path}: {name} is given twice (line {n}); fetch the file again')
         pairs[name] = value
     return pairs
 
@@ -443,7 +468,8 @@ def read_attribute(path, attribute:str) -> dict[str, int]:
     lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
     names = lines[1].split() if len(lines) > 1 else []
     if not names or not lines[0].strip().isdigit():
-        raise UserError(f'{path}: not a CelebA attribute file (line 1: number of images, line 2: attribute '
+        raise UserError(f'{path}: not a CelebA attribute file (line 1: number of images, line 2: '
+                        'attribute '
                         'names); fetch it again')
     if attribute not in names:
         near = difflib.get_close_matches(attribute, names, 3, .4) or names
@@ -452,12 +478,15 @@ def read_attribute(path, attribute:str) -> dict[str, int]:
     for n, line in enumerate(lines[2:], 3):
         if not (f := line.split()): continue
         if len(f) != len(names) + 1 or f[col] not in ('1', '-1', '0'):
-            raise UserError(f'{path}: line {n} does not hold a name and {len(names)} values of -1 or 1; '
+            raise UserError(f'{path}: line {n} does not hold a name and {len(names)} values of -1 '
+                            'or 1; '
                             'fetch the file again')
-        if f[0] in values: raise UserError(f'{path}: {f[0]} is given twice (line {n}); fetch the file again')
+        if f[0] in values:
+            raise UserError(f'{path}: {f[0]} is given twice (line {n}); fetch the file again')
         values[f[0]] = int(f[col] == '1')
     if len(values) != int(lines[0]):
-        raise UserError(f'{path}: {len(values):,} lines, but its first line says {int(lines[0]):,}; '
+        raise UserError(f'{path}: {len(values):,} lines, but its first line says '
+                        f'{int(lines[0]):,}; '
                         'the download was cut short: fetch it again')
     return values
 
@@ -468,33 +497,38 @@ def _celeba_images(root:Path) -> tuple[Store, dict[str, str]]:
     for path in (folder, zipped):
         if path is None: continue
         store = Store(path)
-        files = {n.rsplit('/', 1)[-1]: n for n in store.names() if n.lower().endswith(IMAGE_SUFFIXES)}
+        images = [n for n in store.names() if n.lower().endswith(IMAGE_SUFFIXES)]
+        files = {n.rsplit('/', 1)[-1]: n for n in images}
         if files: return store, files
-    raise UserError(f'{root}: no img_align_celeba.zip and no folder img_align_celeba with images; download '
+    raise UserError(f'{root}: no img_align_celeba.zip and no folder img_align_celeba with images; '
+                    'download '
                     '"Align&Cropped Images" from the CelebA page and put it there')
 
 # %% ../nbs/06_data.ipynb #32d6fdee
 def _celeba_lists(root:Path, attribute) -> list:
     "Paths of the lists of attributes, partitions and persons; only the last one may be missing."
-    paths = [_find(root, f'{n}.txt') for n in ('list_attr_celeba', 'list_eval_partition', 'identity_CelebA')]
-    for name, path, needed in zip(('list_attr_celeba', 'list_eval_partition'), paths, (attribute is not None, True)):
+    names = 'list_attr_celeba', 'list_eval_partition', 'identity_CelebA'
+    paths = [_find(root, f'{n}.txt') for n in names]
+    for name, path, needed in zip(names, paths, (attribute is not None, True, False)):
         if needed and path is None:
-            raise UserError(f'{root}: {name}.txt is missing; download it from the CelebA page and put it there')
+            raise UserError(f'{root}: {name}.txt is missing; download it from the CelebA page and '
+                            'put it there')
     return paths
 
 def celeba(root,                    # folder of the data set
            partition='train',       # 'train', 'valid', 'test' or 0, 1, 2
            attribute:str|None='Male', # the label; None: unlabelled
            crop=CELEBA_CROP) -> ImageSet:
-    """CelebA, matched by file name; images in no list are dropped, a listed one that is missing is an error.
+    """CelebA, matched by file name; `identity` maps names to persons if that file is there.
 
-    `identity` maps names to persons if that file is there.
+    Images in no list are dropped; a listed one that is missing is an error.
     """
     root, part = Path(root), PARTITIONS.get(partition, partition)
     if part not in (0, 1, 2):
         raise UserError(f"partition {partition!r} is none of 'train', 'valid', 'test' (or 0, 1, 2)")
     if not root.is_dir():
-        raise UserError(f'{root}: no such folder; give the folder that holds img_align_celeba.zip and the lists')
+        raise UserError(f'{root}: no such folder; give the folder that holds img_align_celeba.zip '
+                        'and the lists')
     attr, split, person = _celeba_lists(root, attribute)
     store, files = _celeba_images(root)
     ids = sorted(i for i, p in _read_pairs(split).items() if p == part)
@@ -503,15 +537,17 @@ def celeba(root,                    # folder of the data set
     identity = None if person is None else _read_pairs(person)
     for source, known in ((store.path, files), (attr, labels), (person, identity)):
         if known is not None and (missing := [i for i in ids if i not in known]):
-            raise UserError(f'{source}: {len(missing):,} of the {len(ids):,} images of partition {part} are '
+            raise UserError(f'{source}: {len(missing):,} of the {len(ids):,} images of partition '
+                            f'{part} are '
                             f'missing: {few(missing)}; unpack or fetch it again')
     if labels is not None and len({labels[i] for i in ids}) < 2:
-        raise UserError(f'{attr}: all images of partition {part} have the same value of {attribute}; '
+        raise UserError(f'{attr}: all images of partition {part} have the same value of '
+                        f'{attribute}; '
                         'take another attribute')
     name = f'celeba-{ {v: k for k, v in PARTITIONS.items()}[part]}'
     people = identity and {i: f'celeba {identity[i]}' for i in ids}
-    return ImageSet(name, store, {i: files[i] for i in ids}, labels, attribute_classes(attribute), crop, people,
-                    attribute and attribute_captions(attribute))
+    return ImageSet(name, store, {i: files[i] for i in ids}, labels, attribute_classes(attribute),
+                    crop, people, attribute and attribute_captions(attribute))
 
 def attribute_classes(attribute:str|None) -> list[str]: # -> names of the classes no and yes
     "`Male` -> female, male; `Smiling` -> not Smiling, Smiling; None -> no classes."
@@ -525,12 +561,15 @@ FS2K_ATTRIBUTES = dict(   # CelebA's attribute -> FS2K's column, its values for 
 def _fs2k_labels(rows:dict, attribute:str, where) -> dict:
     "Label of each pair, or `UserError` when FS2K does not know the attribute."
     if attribute not in FS2K_ATTRIBUTES:
-        raise UserError(f'FS2K knows nothing of {attribute}; it is labelled with {" and ".join(FS2K_ATTRIBUTES)} '
-                        'only: take one of these, or give labelled pictures of your own as the target (a folder '
+        raise UserError(f'FS2K knows nothing of {attribute}; it is labelled with '
+                        f'{" and ".join(FS2K_ATTRIBUTES)} '
+                        'only: take one of these, or give labelled pictures of your own as the '
+                        'target (a folder '
                         'with a CSV, or a folder per class)')
     column, values = FS2K_ATTRIBUTES[attribute]
     if bad := [i for i, r in rows.items() if str(r.get(column)) not in values]:
-        raise UserError(f'{where}: {column} of {few(bad)} is none of {", ".join(values)}; fetch the file again')
+        raise UserError(f'{where}: {column} of {few(bad)} is none of {", ".join(values)}; fetch '
+                        'the file again')
     return {i: values[str(r[column])] for i, r in rows.items()}
 
 def fs2k(root,           # folder with annotations.json and the images (a zip or folders)
@@ -542,10 +581,13 @@ def fs2k(root,           # folder with annotations.json and the images (a zip or
     "FS2K's sketches or photos, square crops that frame the face about as `CELEBA_CROP` does."
     root = Path(root)
     notes = root/'annotations.json'
-    if split not in ('train', 'test'): raise UserError(f"split {split!r} is none of 'train', 'test'")
-    if kind not in ('sketch', 'photo'): raise UserError(f"kind {kind!r} is none of 'sketch', 'photo'")
+    if split not in ('train', 'test'):
+        raise UserError(f"split {split!r} is none of 'train', 'test'")
+    if kind not in ('sketch', 'photo'):
+        raise UserError(f"kind {kind!r} is none of 'sketch', 'photo'")
     if not notes.exists():
-        raise UserError(f'{root}: annotations.json is missing; give the folder that holds it and the images')
+        raise UserError(f'{root}: annotations.json is missing; give the folder that holds it and '
+                        'the images')
     zips = sorted(root.glob('*.zip'))
     if not (root/kind).is_dir() and not zips:
         raise UserError(f'{root}: neither a folder {kind}/ nor a zip of images')
@@ -555,7 +597,8 @@ def fs2k(root,           # folder with annotations.json and the images (a zip or
     files = {i: rows[i][kind] for i in sorted(rows)}
     if not files: raise UserError(f'{notes}: no pair of the split {split!r}')
     if missing := set(files.values()) - set(store.names()):
-        raise UserError(f'{store.path}: {len(missing):,} images are missing: {few(missing)}; unpack or fetch it again')
+        raise UserError(f'{store.path}: {len(missing):,} images are missing: {few(missing)}; '
+                        'unpack or fetch it again')
     labels, classes, captions = None, [], None
     if labelled:
         labels = _fs2k_labels(rows, attribute, notes)
@@ -564,7 +607,8 @@ def fs2k(root,           # folder with annotations.json and the images (a zip or
     return ImageSet(f'fs2k-{kind}-{split}', store, files, labels, classes, 'fs2k', people, captions)
 
 # %% ../nbs/06_data.ipynb #9337d2e4
-_SHARED = dict(image='the same images', person='images of the same person', bytes='byte-identical images')
+_SHARED = dict(image='the same images', person='images of the same person', bytes='byte-identical '
+                                                                                  'images')
 
 def _marks(s:ImageSet, content:bool) -> dict:
     "What must not turn up in another set -> id."
@@ -575,19 +619,20 @@ def _marks(s:ImageSet, content:bool) -> dict:
 
 def check_splits(*sets:ImageSet, content=True # also compare the images' bytes
                 ):
-    "Raise `UserError` if two sets share an image, a person, or an image's bytes under another name."
+    "Raise `UserError` if two sets share an image, a person, or bytes under another name."
     marks = [_marks(s, content) for s in sets]
     for a in range(len(sets)):
         for b in range(a + 1, len(sets)):
             for what, say in _SHARED.items():
                 if both := [k for k in marks[a] if k[0] == what and k in marks[b]]:
                     pairs = [f'{marks[a][k]} and {marks[b][k]}' for k in both]
-                    raise UserError(f'{sets[a].name} and {sets[b].name} share {say} ({len(both):,}): {few(pairs)}; '
+                    raise UserError(f'{sets[a].name} and {sets[b].name} share {say} '
+                                    f'({len(both):,}): {few(pairs)}; '
                                     'take them out of one of the two')
 
 # %% ../nbs/06_data.ipynb #0ab386b0
 def labelled_split(image_set:ImageSet, n:int, seed:int, balanced=False) -> ImageSet:
-    "`n` labelled images drawn without replacement; `balanced`: of each class as many, as near as `n` allows."
+    "`n` labelled images, each once; `balanced`: of each class as many, as near as `n` allows."
     image_set.labels_of()   # refuses an unlabelled set
     if not 2 <= n <= len(image_set):
         raise UserError(f'{image_set.name}: cannot draw {n:,} of {len(image_set):,} images; '
@@ -595,16 +640,19 @@ def labelled_split(image_set:ImageSet, n:int, seed:int, balanced=False) -> Image
     ids = sorted(image_set.ids)
     ids = [ids[k] for k in torch.randperm(len(ids), generator=new_generator(seed)).tolist()]
     if balanced:
-        groups = [[i for i in ids if image_set.labels[i] == k] for k in range(len(image_set.classes))]
+        n_classes = len(image_set.classes)
+        groups = [[i for i in ids if image_set.labels[i] == k] for k in range(n_classes)]
         each = -(-n // len(groups))   # of each class, rounded up
         short = [f'{c} ({len(g):,})' for c, g in zip(image_set.classes, groups) if len(g) < each]
         if short:
-            raise UserError(f'{image_set.name}: too few images of {", ".join(short)} for {n:,} in equal parts; '
+            raise UserError(f'{image_set.name}: too few images of {", ".join(short)} for {n:,} in '
+                            'equal parts; '
                             'lower n or set balanced=False')
         ids = [g[k] for k in range(each) for g in groups]   # one of each class in turn
     out = image_set.subset(ids[:n], f'{image_set.name}-{n}-seed{seed}')
     if len(set(out.labels.values())) < 2:
-        raise UserError(f'{out.name}: the {n} images drawn are all of one class; raise n or set balanced=True')
+        raise UserError(f'{out.name}: the {n} images drawn are all of one class; raise n or set '
+                        'balanced=True')
     return out
 
 # %% ../nbs/06_data.ipynb #8c0aca30
@@ -626,14 +674,15 @@ def shipped_faces(split:str|None='train', # 'train', 'valid', 'test'; None: all
     if not ids: raise UserError(f'{path}: no image of the split {split!r}')
     return ImageSet(f'shipped-{split or "all"}', store, {i: by_id[i] for i in ids}, labels, classes)
 
-# %% ../nbs/06_data.ipynb #d10f1745
-def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px are written to `folder`
-    "Drawn faces: class 0 has long hair, class 1 a beard."
+# %% ../nbs/06_data.ipynb #e2fd4008
+def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet:
+    "Drawn faces of 24 px, written to `folder`: class 0 has long hair, class 1 a beard."
     rng, files, labels = np.random.default_rng(seed), {}, {}
     Path(folder).mkdir(parents=True, exist_ok=True)
     for k in range(n):
         im = Image.new('RGB', (24, 24), tuple(int(v) for v in rng.integers(60, 230, 3)))
-        d, (dx, dy), skin = ImageDraw.Draw(im), rng.integers(-2, 3, 2), (225, 180 + int(rng.integers(30)), 150)
+        d, (dx, dy) = ImageDraw.Draw(im), rng.integers(-2, 3, 2)
+        skin = 225, 180 + int(rng.integers(30)), 150
         if k % 2 == 0: d.rectangle([4 + dx, 4 + dy, 20 + dx, 20 + dy], fill=(90, 50, 20))
         d.ellipse([6 + dx, 5 + dy, 18 + dx, 20 + dy], fill=skin)
         if k % 2: d.chord([6 + dx, 5 + dy, 18 + dx, 20 + dy], 25, 155, fill=(60, 40, 30))
@@ -644,7 +693,7 @@ def toy_faces(folder, n:int, seed:int, name='toy') -> ImageSet: # PNGs of 24 px 
     return ImageSet(name, Store(folder), files, labels, ['long hair', 'beard'],
                     captions=['a face with long hair', 'a face with a beard'])
 
-# %% ../nbs/06_data.ipynb #3314afd6
+# %% ../nbs/06_data.ipynb #bae1650b
 def repo_root() -> Path:
     "The clone that the current folder lies in, by its settings.ini; otherwise the current folder."
     for folder in (here := Path.cwd(), *here.parents):
@@ -661,21 +710,26 @@ def find_folder(folder:str, variable:str, # '' stands for the environment variab
     place = str(folder or os.environ.get(variable, ''))
     for path in (Path(place).expanduser(), repo_root()/place):
         if place and path.is_dir(): return path
-    raise UserError((f'{name} is not at {place}. ' if place else why) + fetch + f' the environment variable {variable}; '
+    where = f'{name} is not at {place}. ' if place else why
+    raise UserError(f"{where}{fetch} the environment variable {variable}; "
                     "the profile 'embedded' needs no data")
 
 def find_celeba(folder:str='') -> Path: # '': the environment variable CELEBA
     "CelebA's folder."
     return find_folder(folder, 'CELEBA', 'CelebA', 'this profile needs CelebA. ',
-                       'Fetch img_align_celeba.zip, list_attr_celeba.txt, list_eval_partition.txt and '
-                       'identity_CelebA.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (or run '
-                       'torchvision.datasets.CelebA(root, download=True)) and give their folder as the parameter '
+                       'Fetch img_align_celeba.zip, list_attr_celeba.txt, list_eval_partition.txt '
+                       'and '
+                       'identity_CelebA.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html '
+                       '(or run '
+                       'torchvision.datasets.CelebA(root, download=True)) and give their folder as '
+                       'the parameter '
                        '`celeba` or')
 
 def find_fs2k(folder:str='') -> Path: # '': the environment variable FS2K
     "FS2K's folder."
     return find_folder(folder, 'FS2K', 'FS2K', 'hand-drawn sketches are needed. ',
-                       'Fetch FS2K from https://github.com/DengPingFan/FS2K and give its folder as the parameter '
+                       'Fetch FS2K from https://github.com/DengPingFan/FS2K and give its folder as '
+                       'the parameter '
                        '`fs2k` or')
 
 @dataclass(frozen=True)
@@ -704,13 +758,15 @@ def load_dataset(name:str,         # one of `DATASETS`
     >>> load_dataset('celeba', 'test', '/data/celeba', 'Smiling')
     >>> load_dataset('folder', 'train', 'photos/', labels='folders')
     """
-    if name not in DATASETS: raise UserError(f"dataset = {name!r}; there are: {', '.join(DATASETS)}")
+    if name not in DATASETS:
+        raise UserError(f"dataset = {name!r}; there are: {', '.join(DATASETS)}")
     return DATASETS[name].build(split, folder, attribute, **options)
 
 @dataset('faces', 'shipped synthetic faces')
 def _faces(split, folder='', attribute='Male'):
     if attribute != 'Male':
-        raise UserError(f'attribute = {attribute!r}: the shipped faces are labelled female and male only; '
+        raise UserError(f'attribute = {attribute!r}: the shipped faces are labelled female and '
+                        'male only; '
                         'take a CelebA profile')
     return shipped_faces(split)
 
@@ -724,27 +780,32 @@ def _fs2k(split, folder='', attribute='Male', kind='sketch'):
 
 @dataset('toy', 'drawn toy faces')
 def _toy(split, folder='', attribute='Male', n=40):
-    if split not in PARTITIONS: raise UserError(f"split {split!r} is none of {', '.join(PARTITIONS)}")
+    if split not in PARTITIONS:
+        raise UserError(f"split {split!r} is none of {', '.join(PARTITIONS)}")
     return toy_faces(Path(folder or 'runs')/'toy-faces'/split, n, PARTITIONS[split], f'toy-{split}')
 
 SHARES = dict(train=.7, valid=.1, test=.2)   # of a folder that is not split already
 
 @dataset('folder', 'own pictures')
-def _folder(split, folder='', attribute='Male', labels=None, classes=None, crop='center', captions=None):
-    """A folder with folders train, valid and test, or one that is split here, always in the same way.
+def _folder(split, folder='', attribute='Male', labels=None, classes=None, crop='center',
+            captions=None):
+    """A folder with folders train, valid and test, or one that is split here, always the same way.
 
     Labels: those given, else labels.csv beside the images, else a folder per class.
     """
     root = Path(folder).expanduser()
-    if split not in PARTITIONS: raise UserError(f"split {split!r} is none of {', '.join(PARTITIONS)}")
-    if not root.is_dir(): raise UserError(f'{folder!r}: no such folder; give the folder that holds the images')
+    if split not in PARTITIONS:
+        raise UserError(f"split {split!r} is none of {', '.join(PARTITIONS)}")
+    if not root.is_dir():
+        raise UserError(f'{folder!r}: no such folder; give the folder that holds the images')
     parts = [p for p in PARTITIONS if (root/p).is_dir()]
-    if parts and split not in parts: raise UserError(f'{root} holds {", ".join(parts)} but no folder {split}')
+    if parts and split not in parts:
+        raise UserError(f'{root} holds {", ".join(parts)} but no folder {split}')
     here = root/split if parts else root
     if labels is None: labels = here/'labels.csv' if (here/'labels.csv').exists() else 'folders'
     images = image_folder(here, labels, crop, classes, captions)
     if parts: return images
     # by a hash of the id: a picture more or less moves no other one to another split
     upto = np.cumsum(list(SHARES.values()))
-    ids = [i for i in images.ids if list(SHARES)[int(np.searchsorted(upto, fold_seed(0, i) / 2**53))] == split]
-    return images.subset(ids, f'{images.name}-{split}')
+    def split_of(i): return list(SHARES)[int(np.searchsorted(upto, fold_seed(0, i) / 2**53))]
+    return images.subset([i for i in images.ids if split_of(i) == split], f'{images.name}-{split}')

@@ -63,7 +63,7 @@ def atomic_write(path, # the file to make; missing parent folders are made too
         raise
 
 # %% ../nbs/01b_store.ipynb #8cc4079d
-def remove_leftovers(folders,        # a folder, or several; those that are not there are passed over
+def remove_leftovers(folders,        # a folder, or several; missing ones are passed over
                      recursive=True, # in their sub-folders too
                     ):
     "Delete the temporary files of `atomic_write` whose process is gone; those of living ones stay."
@@ -76,7 +76,7 @@ def remove_leftovers(folders,        # a folder, or several; those that are not 
 
 # %% ../nbs/01b_store.ipynb #1aa1a0f1
 def jsonable(o, nan=True):
-    "`o` as dict, list, str, numbers, bool and None; with `nan=False` floats not finite become None."
+    "`o` as dict, list, str, number, bool, None; with `nan=False` floats not finite become None."
     rec = functools.partial(jsonable, nan=nan)
     if dataclasses.is_dataclass(o) and not isinstance(o, type):
         return {f.name: rec(getattr(o, f.name)) for f in dataclasses.fields(o)}
@@ -91,7 +91,7 @@ def jsonable(o, nan=True):
 
 # %% ../nbs/01b_store.ipynb #159633a0
 def write_json(path, obj):
-    "Write `obj` as JSON, atomically; keys keep their order, floats that are not finite become null."
+    "Write `obj` as JSON, atomically; keys keep their order, floats not finite become null."
     text = json.dumps(jsonable(obj, nan=False), indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_write(path, 'w') as f: f.write(text + '\n')
 
@@ -106,7 +106,7 @@ def read_json(path):
 
 # %% ../nbs/01b_store.ipynb #3ebc11cb
 def is_web_page(path) -> bool:
-    "Does the file begin like HTML? Download links serve errors and quota pages under the file's name."
+    "Does the file begin like HTML? Links serve their error pages under the name of the file."
     with open(path, 'rb') as f: head = f.read(1024).lstrip(b'\xef\xbb\xbf \t\r\n').lower()
     return head.startswith((b'<!doctype', b'<html', b'<head', b'<?xml'))
 
@@ -115,8 +115,10 @@ def check_not_html(path):
     try: page = is_web_page(path)
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror}') from None
     if page:
-        raise UserError(f'{path}: this is a web page (HTML), not data. Google Drive sends such a page when too '
-                        'many people have fetched the file (quota): delete it, then download the file in a '
+        raise UserError(f'{path}: this is a web page (HTML), not data. Google Drive sends such a '
+                        'page when too '
+                        'many people have fetched the file (quota): delete it, then download the '
+                        'file in a '
                         'browser, or try again after a day')
 
 # %% ../nbs/01b_store.ipynb #39a4d4b9
@@ -126,23 +128,28 @@ def read_tensors(path,       # a safetensors or PyTorch file
     "Content of a weights file, never code. `UserError` names the file and the fix."
     path = Path(path)
     if not path.is_file():
-        raise UserError(f'{path}: no such file; give the path of a weights file (.safetensors, .pt, .pth, .ckpt, .bin)')
+        raise UserError(f'{path}: no such file; give the path of a weights file (.safetensors, '
+                        '.pt, .pth, .ckpt, .bin)')
     try:
         if is_web_page(path):
-            raise UserError(f'{path} is a web page, not a weights file: the download link served an error '
+            raise UserError(f'{path} is a web page, not a weights file: the download link served '
+                            'an error '
                             'or a quota page; fetch it again')
         if path.suffix == '.safetensors': return load_file(path)
         content = torch.load(path, map_location='cpu', weights_only=True)
     except UserError: raise
     except pickle.UnpicklingError:
-        raise UserError(f'{path} holds something else than plain tensors, or is damaged; it is not opened, '
-                        'because a pickle can run code. Fetch it again, or ask whoever made it for the '
+        raise UserError(f'{path} holds something else than plain tensors, or is damaged; it is not '
+                        'opened, '
+                        'because a pickle can run code. Fetch it again, or ask whoever made it for '
+                        'the '
                         'state_dict() alone') from None
     except Exception as e:   # a damaged pickle may fail in any way
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
-        raise UserError(f'{path} cannot be read ({why}); it is cut short or damaged: fetch it again') from None
-    is_flat = isinstance(content, dict) and all(isinstance(v, torch.Tensor) for v in content.values())
-    if flat and not is_flat:
+        raise UserError(f'{path} cannot be read ({why}); it is cut short or damaged: fetch it '
+                        'again') from None
+    names = content if isinstance(content, dict) else None
+    if flat and (names is None or not all(isinstance(v, torch.Tensor) for v in names.values())):
         raise UserError(f'{path} is not a state dict (names -> tensors); save model.state_dict()')
     return content
 
@@ -171,7 +178,7 @@ def check_sha256(path, expected:str):
 def canonical_hash(obj, # dataclasses, dicts, lists, tensors, scalars, however nested
                    n=16, # hex digits to keep; 16 of them = 64 bits
                   ) -> str:
-    "A short name for settings: SHA-256 of their JSON, keys sorted: the order of a dict does not matter."
+    "A short name for settings: SHA-256 of their JSON, with sorted keys."
     text = json.dumps(jsonable(obj), sort_keys=True, separators=(',', ':'), ensure_ascii=False)
     return sha256_bytes(text.encode())[:n]
 
@@ -192,7 +199,8 @@ def tensor_hash(x:torch.Tensor) -> str:
     return state_hash({'': x})
 
 # %% ../nbs/01b_store.ipynb #f09012f0
-_NO_SETTING = {'training', 'info', 'config'}   # `info` says where weights come from, `config` is read below
+# `info` says where weights come from, `config` is read below
+_NO_SETTING = {'training', 'info', 'config'}
 
 def _described(o, seen) -> object:
     "An attribute's value in plain terms, without memory addresses."
@@ -225,7 +233,7 @@ def _described(o, seen) -> object:
                    if isinstance(v, plain) and not k.startswith('_')}]
 
 def _described_function(f, seen) -> list:
-    "A function kept in an attribute: its name if it has a module's, else its byte code and what it holds."
+    "A function in an attribute: its name if a module has it, else its byte code and what it holds."
     if '<' not in f.__qualname__: return f'{f.__module__}.{f.__qualname__}'
     held = [c.cell_contents for c in f.__closure__ or ()]
     return [_described(f.__code__, seen), [_described(v, seen) for v in held]]
@@ -238,8 +246,9 @@ def _settings(model:nn.Module) -> list:
         own = {k: v for k, v in vars(m).items() if k not in _NO_SETTING and not k.startswith('_')
                and not isinstance(v, nn.Module)}
         # diffusers' networks read some settings from their `config`; names with _ say who wrote it
-        own['config'] = {k: v for k, v in dict(getattr(m, 'config', None) or {}).items() if k[:1] != '_'
-                         } if isinstance(getattr(m, 'config', None), dict) else None
+        config = getattr(m, 'config', None)
+        if isinstance(config, dict):
+            own['config'] = {k: v for k, v in config.items() if k[:1] != '_'}
         own['hooks'] = [*m._forward_hooks.values(), *m._forward_pre_hooks.values()]
         rows.append([name, type(m).__module__, type(m).__qualname__,
                      {k: _described(v, {id(model)}) for k, v in sorted(own.items())}])
@@ -251,7 +260,8 @@ _kept = weakref.WeakKeyDictionary()   # module -> (stamp, hash of its weights)
 def _stamp(tensors:dict) -> tuple:
     "What differs when a tensor was changed or replaced; much cheaper than hashing."
     def version(v): return 0 if v.is_inference() else v._version
-    marks = tuple((k, v.data_ptr(), version(v), str(v.dtype), str(v.device)) for k, v in tensors.items())
+    marks = tuple((k, v.data_ptr(), version(v), str(v.dtype), str(v.device))
+                  for k, v in tensors.items())
     sums = [v.detach().sum(dtype=torch.float32) for v in tensors.values() if v.dtype != torch.bool]
     return marks, tuple(torch.stack(sums).tolist()) if sums else ()
 
@@ -264,15 +274,17 @@ def _weights_hash(model:nn.Module) -> str:
     return kept[1]
 
 def fingerprint(model) -> str|None: # a module, something with a text `.fingerprint`, or None
-    """What identifies what a model computes: weights and settings, nothing that depends on where they lie.
+    """What identifies what a model computes: weights and settings, wherever they lie in memory.
 
-    `UserError` for a function or object that does not say what it is; its code belongs into `code_hash`.
+    `UserError` for a function or object that does not say what it is. For its code see `code_hash`.
     """
     if model is None: return None
     if isinstance(own := getattr(model, 'fingerprint', None), str): return own
-    if isinstance(model, nn.Module): return canonical_hash([_settings(model), _weights_hash(model)], 64)
+    if isinstance(model, nn.Module):
+        return canonical_hash([_settings(model), _weights_hash(model)], 64)
     name = getattr(model, '__qualname__', type(model).__qualname__)
-    raise UserError(f'{name} is a bare function or object, so nobody can tell its results from those of '
+    raise UserError(f'{name} is a bare function or object, so nobody can tell its results from '
+                    'those of '
                     'another: make it an nn.Module, or give it a text attribute `fingerprint` that '
                     'changes with everything its output depends on')
 
@@ -282,7 +294,8 @@ def _read_sources() -> dict[str, str]:
     root, texts = Path(diffclip_da.__file__).parent, {}
     for p in root.rglob('*.py'):
         parts = ('diffclip_da', *p.relative_to(root).with_suffix('').parts)
-        texts['.'.join(parts[:-1] if p.name == '__init__.py' else parts)] = p.read_text(encoding='utf-8')
+        name = '.'.join(parts[:-1] if p.name == '__init__.py' else parts)
+        texts[name] = p.read_text(encoding='utf-8')
     texts.pop('diffclip_da._modidx', None)
     return texts
 
@@ -316,22 +329,23 @@ class _Bare(ast.NodeTransformer):
         return self.generic_visit(node)
 
 def _is_text(node) -> bool:
-    return isinstance(node, ast.JoinedStr) or isinstance(node, ast.Constant) and isinstance(node.value, str)
+    if isinstance(node, ast.JoinedStr): return True
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 def _root(node) -> list[str]:
-    "The dotted name that an expression begins with: `a.b(c)[d]` -> ['a', 'b']; [] if there is none."
+    "The dotted name that an expression begins with: `a.b(c)[d]` -> ['a', 'b']; else []."
     if isinstance(node, ast.Name): return [node.id]
     if isinstance(node, ast.Attribute): return (r := _root(node.value)) and [*r, node.attr]
-    return _root(node.value if isinstance(node, (ast.Subscript, ast.Starred)) else node.func
-                 ) if isinstance(node, (ast.Subscript, ast.Starred, ast.Call)) else []
+    if isinstance(node, (ast.Subscript, ast.Starred)): return _root(node.value)
+    return _root(node.func) if isinstance(node, ast.Call) else []
 
 def _bare(node) -> ast.AST: return _Bare().visit(ast.parse(ast.unparse(node)))
 
-# %% ../nbs/01b_store.ipynb #d5c7cab9
+# %% ../nbs/01b_store.ipynb #2b4849a0
 class _Package:
-    "The definitions of a package, and which of each other they use. A definition's key: (module, name)."
+    "The definitions of a package, each with a key (module, name), and which of them use which."
     def __init__(self, sources:dict):
-        self.sources, self.nodes, self.imports, self.methods, self.whole = sources, {}, {}, {}, {}
+        self.sources, self.nodes, self.imports, self.methods = sources, {}, {}, {}
         self.uses_of = functools.cache(self.uses_of)
         self.reach = functools.cache(self.reach)
         trees = {m: ast.parse(text) for m, text in sources.items()}
@@ -340,9 +354,10 @@ class _Package:
             for node in tree.body: self.define(m, node)
 
     def imported(self, module, nodes):
-        "Yield (local name, (module, name)) of imports from this package; the name '' is the module itself."
-        top = next(iter(self.sources), '').split('.')[0]
-        here = module if any(s.startswith(module + '.') for s in self.sources) else module.rpartition('.')[0]
+        "Yield (local name, (module, name)) of imports from this package; '' is the module itself."
+        top = module.split('.')[0]
+        is_room = any(s.startswith(module + '.') for s in self.sources)
+        here = module if is_room else module.rpartition('.')[0]
         for n in nodes:
             if isinstance(n, ast.ImportFrom):
                 base = here.split('.')[:len(here.split('.')) - n.level + 1] if n.level else []
@@ -350,7 +365,8 @@ class _Package:
                 if source.split('.')[0] != top: continue
                 for a in n.names:
                     inner = f'{source}.{a.name}'
-                    yield a.asname or a.name, (inner, '') if inner in self.sources else (source, a.name)
+                    is_module = inner in self.sources
+                    yield a.asname or a.name, (inner, '') if is_module else (source, a.name)
             elif isinstance(n, ast.Import):
                 for a in n.names:
                     if a.name.split('.')[0] != top: continue
@@ -363,16 +379,17 @@ class _Package:
         if isinstance(node, ast.ClassDef): return self.define_class(module, node)
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             decorators = [_root(d) for d in node.decorator_list]
-            if ['patch'] in decorators and node.args.args and node.args.args[0].annotation is not None:
-                cls = ast.unparse(node.args.args[0].annotation)
-                return self.define_method(module, cls, node)
+            if ['patch'] in decorators and node.args.args and (of := node.args.args[0].annotation):
+                return self.define_method(module, ast.unparse(of), node)
             note((module, node.name), node)
-            names = [d[0] for d in decorators if len(d) > 1]   # `@DATASETS.register` changes DATASETS
+            names = [d[0] for d in decorators if len(d) > 1]   # `@TABLE.register` changes TABLE
         elif isinstance(node, ast.Expr): names = _root(node.value)[:1]
         elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Delete)):
             targets = getattr(node, 'targets', None) or [node.target]
             names = [r[0] for t in targets for e in ast.walk(t) if (r := _root(e))]
-        else: names = [e.id for e in ast.walk(node) if isinstance(e, ast.Name) and isinstance(e.ctx, ast.Store)]
+        else:
+            found = [e for e in ast.walk(node) if isinstance(e, ast.Name)]
+            names = [e.id for e in found if isinstance(e.ctx, ast.Store)]
         for name in dict.fromkeys(names):
             here, there = self.resolve(module, name), (module, name)
             if here and here[1]: note(here, node)
@@ -382,10 +399,10 @@ class _Package:
         methods = [n for n in node.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef))]
         special = [n for n in methods if n.name[:2] == '__' and n.name != '__repr__']
         rest = [n for n in node.body if n not in methods]
-        head = ast.ClassDef(node.name, node.bases, node.keywords, (rest + special) or [ast.Pass()], node.decorator_list)
+        body = (rest + special) or [ast.Pass()]
+        head = ast.ClassDef(node.name, node.bases, node.keywords, body, node.decorator_list)
         self.nodes.setdefault((module, node.name), []).append((module, head))
         for n in methods: self.define_method(module, node.name, n)
-        self.whole[module, node.name] = node
 
     def define_method(self, module, cls, node):
         key = module, f'{cls}.{node.name}'
@@ -393,7 +410,7 @@ class _Package:
         if not node.name.startswith('__'): self.methods.setdefault(node.name, []).append(key)
 
     def resolve(self, module, name) -> tuple|None:
-        "The key that a name of a module stands for; (module, '') if it is a module; None if it is from outside."
+        "The key that a module's name stands for; (module, '') for a module; None if from outside."
         if (module, name) in self.nodes: return module, name
         target = self.imports.get(module, {}).get(name)
         if target is None:
@@ -407,7 +424,8 @@ class _Package:
         while todo:
             if (m := todo.pop()) in found or m not in self.sources: continue
             found.add(m)
-            todo += [t[0] for n in self.imports[m] if (t := self.resolve(m, n) or self.imports[m][n])[0] != 'diffclip_da']
+            seen = [self.resolve(m, n) or self.imports[m][n] for n in self.imports[m]]
+            todo += [t[0] for t in seen if '.' in t[0]]   # `import diffclip_da` shows no module
         return found
 
     def uses_of(self, key) -> tuple: # -> texts, keys
@@ -417,12 +435,15 @@ class _Package:
             tree = _bare(node)
             texts.append(ast.unparse(tree))
             keys |= self.names_in(module, tree)
-            if isinstance(node, ast.ClassDef) and self.has_outer_base(module, node): keys |= self.parts(key)
-        if '.' in key[1]: keys |= {k for k in [self.resolve(key[0], key[1].split('.')[0])] if k}   # its class
+            if isinstance(node, ast.ClassDef) and self.has_outer_base(module, node):
+                keys |= self.parts(key)
+        if '.' in key[1]:
+            keys |= {k for k in [self.resolve(key[0], key[1].split('.')[0])] if k}   # its class
         return texts, keys
 
     def has_outer_base(self, module, node) -> bool:
-        return any((k := self.resolve(module, (_root(b) or [''])[0])) is None or not k[1] for b in node.bases)
+        bases = [self.resolve(module, (_root(b) or [''])[0]) for b in node.bases]
+        return any(k is None or not k[1] for k in bases)
 
     def parts(self, key) -> set:
         "All methods of a class."
@@ -436,8 +457,9 @@ class _Package:
         for n in ast.walk(tree):
             if isinstance(n, ast.Attribute):
                 keys |= {k for k in self.methods.get(n.attr, ()) if k[0] in self.reach(module)}
-                if (root := _root(n)) and (k := local.get(root[0]) or self.resolve(module, root[0])) and not k[1]:
-                    keys |= self.through(k[0], root[1:])
+                if root := _root(n):
+                    k = local.get(root[0]) or self.resolve(module, root[0])
+                    if k and not k[1]: keys |= self.through(k[0], root[1:])
         return {k for k in keys if k[1]}
 
     def through(self, module, names) -> set:
@@ -449,14 +471,14 @@ class _Package:
             return set() if k is None else {k} if k[1] else self.through(k[0], names[i + 1:])
         return set()
 
-    def texts(self, keys) -> list[str]:
-        "Bare texts of definitions and of all that they use, sorted."
+    def closure(self, keys) -> dict[tuple, list]:
+        "Definitions and all that they use: key -> bare texts."
         found, todo = {}, list(keys)
         while todo:
             if (k := todo.pop()) in found: continue
             found[k], more = self.uses_of(k)
-            todo += more
-        return sorted(f'{k[1]}\n{t}' for k, ts in found.items() for t in ts)
+            todo += [u for u in more if u[0] != __name__]   # `store` keeps results, computes none
+        return found
 
 def global_names(text:str) -> set[str]:
     "Names that a piece of Python takes from outside of itself, by Python's own symbol table."
@@ -468,7 +490,7 @@ def global_names(text:str) -> set[str]:
                   if s.is_global() or s.is_referenced() and table.get_type() == 'module'}
     return found
 
-# %% ../nbs/01b_store.ipynb #c2ca6a86
+# %% ../nbs/01b_store.ipynb #22bdad3a
 @functools.cache
 def _package() -> _Package: return _Package(SOURCES)
 
@@ -483,7 +505,8 @@ def _roots(o, seen):
     elif isinstance(o, property): inner = [f for f in (o.fget, o.fset) if f]
     elif isinstance(o, functools.cached_property): inner = [o.func]
     elif isinstance(o, (types.MethodType, staticmethod, classmethod)): inner = [o.__func__]
-    elif isinstance(o, nn.Module): inner = list({type(m) for m in o.modules() if type(m).__module__ in SOURCES})
+    elif isinstance(o, nn.Module):
+        inner = list({type(m) for m in o.modules() if type(m).__module__ in SOURCES})
     if inner is not None:
         for v in inner: yield from _roots(v, seen)
     elif hasattr(o, '__qualname__') and getattr(o, '__module__', None) in SOURCES:
@@ -491,17 +514,22 @@ def _roots(o, seen):
         yield o.__module__, name
         if isinstance(o, type):
             yield from _package().parts((o.__module__, name))
-            for base in o.__mro__[1:]: yield from _roots(base, seen) if base.__module__ in SOURCES else ()
+            for base in o.__mro__[1:]:
+                yield from _roots(base, seen) if base.__module__ in SOURCES else ()
     elif isinstance(o, types.FunctionType) or isinstance(o, type): yield from _outer(o, seen)
     elif callable(o) and hasattr(o, '__qualname__'): yield f'{o.__module__}.{o.__qualname__}'
-    else: yield from [canonical_hash(_described(o, set()))] if not callable(o) else _roots(type(o), seen)
+    else:
+        if callable(o): yield from _roots(type(o), seen)
+        else: yield canonical_hash(_described(o, set()))
 
 def _outer(o, seen):
     "Source of a function or class from outside of the package, and what it uses of the package."
     try: tree = _bare(ast.parse(textwrap.dedent(inspect.getsource(o))))
     except (OSError, TypeError, SyntaxError):
-        raise UserError(f'{o.__qualname__}: its source cannot be read, so its results cannot be told from '
-                        'those of another version; define it with `def` in a file or a notebook cell') from None
+        raise UserError(f'{o.__qualname__}: its source cannot be read, so its results cannot be '
+                        'told from '
+                        'those of another version; define it with `def` in a file or a notebook '
+                        'cell') from None
     yield ast.unparse(tree)
     space = getattr(o, '__globals__', None) or vars(sys.modules.get(o.__module__, types))
     for n in sorted(global_names(ast.unparse(tree))):
@@ -511,19 +539,23 @@ def _outer(o, seen):
 
 def code_hash(*objects, # functions, classes, networks, partials, dicts or lists of these
              ) -> str:  # 16 hex digits
-    """A name for what some code computes: it changes with these definitions and with all that they use here.
+    """A name for what code computes: it changes with these definitions and with all that they use.
 
-    Comments, docstrings, annotations, and texts of errors and messages are left out. The sources are
-    those of the moment when the package was imported. Networks and functions that are only passed in as
-    arguments cannot be found in the source: name them, too.
+    Comments, docstrings, annotations, and texts of errors and messages are left out, and so is
+    `store`. The sources are those at the moment when the package was imported. Networks and
+    functions that are passed in as arguments cannot be found in the source: name them, too.
     """
     seen, keys, texts = set(), set(), []
     for o in objects:
         for r in _roots(o, seen): keys.add(r) if isinstance(r, tuple) else texts.append(r)
-    return canonical_hash([_package().texts(keys), sorted(texts)])
+    used = [f'{k[1]}\n{t}' for k, ts in _package().closure(keys).items() for t in ts]
+    return canonical_hash([sorted(used), sorted(texts)])
 
 # %% ../nbs/01b_store.ipynb #40f56c93
-def cached_tensor(path, key:str, make) -> torch.Tensor: # a safetensors file; what it depends on; () -> tensor
+def cached_tensor(path,    # a safetensors file
+                  key:str, # what the tensor depends on
+                  make,    # () -> tensor
+                 ) -> torch.Tensor:
     "The tensor in the file `path` if it carries `key`; else `make()`, stored there."
     path = Path(path)
     if path.exists():
@@ -536,13 +568,16 @@ def cached_tensor(path, key:str, make) -> torch.Tensor: # a safetensors file; wh
     return x
 
 # %% ../nbs/01b_store.ipynb #e991108f
-def claim_folder(path, key:str, inputs:dict, # a JSON file in the folder; what the run depends on, and its hash
-                 out):                       # the folder, for the message
-    "Write key and inputs to `path`, or compare them with the run that has; `UserError` says what differs."
+def claim_folder(path,        # a JSON file in the folder
+                 key:str,     # hash of the inputs
+                 inputs:dict, # what the run depends on
+                 out):        # the folder, for the message
+    "Write key and inputs to `path`, or compare with those there; `UserError` says what differs."
     if not Path(path).exists(): return write_json(path, dict(key=key, inputs=inputs))
     theirs = read_json(path)
     if theirs.get('key') == key: return
-    old, new = ({**d, **d.get('config', {})} for d in (theirs.get('inputs') or {}, jsonable(inputs)))
+    def flat(d): return {**d, **d.get('config', {})}
+    old, new = flat(theirs.get('inputs') or {}), flat(jsonable(inputs))
     differ = [k for k in {**new, **old} if k != 'config' and old.get(k) != new.get(k)]
     raise UserError(f'{out} holds the result of another run (different: {", ".join(differ)}); '
                     'choose another folder, or delete this one')
@@ -559,7 +594,7 @@ class Stage:
 @contextlib.contextmanager
 def stage(root, name:str, key:str, # folder of all steps; for people; what the step depends on
           say=print, **facts):     # gets the messages; what the mark should say, too
-    "Yield a `Stage`; when the block ends well, its folder is marked as done, with the time it took."
+    "Yield a `Stage`; when the block ends well, its folder is marked as done."
     folder = Path(root)/f"{name.replace(' ', '-')}-{key}"
     mark, shown = folder/'stage.json', '/'.join(folder.parts[-3:])
     s = Stage(name, folder, mark.exists())
@@ -574,7 +609,7 @@ def stage(root, name:str, key:str, # folder of all steps; for people; what the s
 
 # %% ../nbs/01b_store.ipynb #0451324f
 def versions() -> dict:
-    "Versions of Python and of the packages that numbers depend on; None for one that is not installed."
+    "Versions of Python and of the packages that numbers depend on; None: not installed."
     names = ('torch', 'torchvision', 'diffusers', 'open_clip_torch', 'facenet-pytorch', 'numpy',
              'seaborn')
     def find(name):
@@ -590,7 +625,7 @@ def git_commit() -> str|None:
         run = ['git', '-C', str(here), *args]
         return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
     try:
-        # a copy installed inside somebody else's repository must not borrow that repository's commit
+        # a copy inside somebody else's repository must not borrow that repository's commit
         git('ls-files', '--error-unmatch', '__init__.py')
         # figures and stored outputs change with every run: only the package's own files count
         dirty = git('status', '--porcelain', '-uno', '--', '.')
@@ -599,7 +634,7 @@ def git_commit() -> str|None:
 
 # %% ../nbs/01b_store.ipynb #c8877ed3
 def asset_dir(name='') -> Path:
-    "Folder of the shipped asset `name`, or of all; the variable DIFFCLIP_ASSETS names another root."
+    "Folder of the shipped asset `name`, or of all; DIFFCLIP_ASSETS names another root."
     root = os.environ.get('DIFFCLIP_ASSETS') or Path(diffclip_da.__file__).parent/'assets'
     return Path(root)/name
 
@@ -610,14 +645,15 @@ def load_card(name:str) -> dict:
     if not path.exists():
         there = sorted(p.parent.name for p in asset_dir().glob('*/card.json'))
         raise UserError(f"no shipped asset {name!r} ({path} is missing); there are: "
-                        f"{', '.join(there) or 'none'}. Reinstall the package, or give your own file.")
+                        f"{', '.join(there) or 'none'}. Reinstall the package, or give your own "
+                        "file.")
     return read_json(path)
 
 @functools.lru_cache(None)
 def _check_once(path, expected, size, mtime_ns): check_sha256(path, expected)
 
 def asset_file(name:str, filename:str) -> Path:
-    "Path of a shipped file, its SHA-256 checked against the card (once for each version of the file)."
+    "Path of a shipped file, its SHA-256 checked against the card, once for each version of it."
     files = load_card(name).get('files', {})
     path = asset_dir(name)/filename
     if filename not in files:

@@ -19,7 +19,7 @@ from scipy import ndimage as ndi
 from .core import UserError
 
 # %% ../nbs/16_styles.ipynb #8ed5dfbf
-LUMA = np.array([.299, .587, .114])  # weights of red, green, blue in perceived brightness (ITU-R BT.601)
+LUMA = np.array([.299, .587, .114])  # weights of red, green, blue (ITU-R BT.601)
 
 def luma(a): # [h, w, 3] -> [h, w]
     "Brightness of each pixel."
@@ -40,21 +40,23 @@ def paper(shape, rng, grain=.04): # [h, w] with mean 0
 
 # %% ../nbs/16_styles.ipynb #a4ded2d3
 def dodge(g, sigma, gamma=1.): # [h, w] in [0, 1] -> [h, w] in [0, 1]
-    "Dodge blend of a brightness with its own blur: white paper, dark where the photo is darker than its surroundings."
+    "Dodge blend of a brightness with its own blur: dark where it is darker than its surroundings."
     return (np.minimum(1, (g + .02) / (blur(g, sigma) + .02))) ** gamma
 
 # %% ../nbs/16_styles.ipynb #349d650a
-def strokes(shape, rng, angle, length, width=.6): # length and width in pixels -> [h, w], mean 0, std 1
+def strokes(shape, rng, angle, length, width=.6): # in pixels -> [h, w], mean 0, std 1
     "Noise smeared along `angle` (radians): the hatching of a pencil, the hairs of a brush."
     v, u = np.fft.fftfreq(shape[0])[:, None], np.fft.rfftfreq(shape[1])
     along, across = u * np.cos(angle) + v * np.sin(angle), v * np.cos(angle) - u * np.sin(angle)
-    gauss = np.exp(-2 * np.pi**2 * ((length * along)**2 + (width * across)**2))  # a turned Gaussian blur is a product here
+    # a turned Gaussian blur is a product here
+    gauss = np.exp(-2 * np.pi**2 * ((length * along)**2 + (width * across)**2))
     n = np.fft.irfft2(np.fft.rfft2(rng.standard_normal(shape)) * gauss, s=shape)
     return (n - n.mean()) / (n.std() + 1e-8)
 
 # %% ../nbs/16_styles.ipynb #0525dd63
-PENCILS = dict(soft=((.02, .05), (.9, 1.8)), strong=((.03, .08), (2., 4.)), hatching=((.02, .06), (1.2, 2.5)), # sigma in parts of the width; gamma
-               tinted=((.02, .06), (1.3, 3.)))
+# sigma in parts of the width; gamma
+PENCILS = dict(soft=((.02, .05), (.9, 1.8)), strong=((.03, .08), (2., 4.)),
+               hatching=((.02, .06), (1.2, 2.5)), tinted=((.02, .06), (1.3, 3.)))
 
 def pencil(a, rng, kind=None, # a key of `PENCILS`; None draws one
           ):
@@ -66,9 +68,13 @@ def pencil(a, rng, kind=None, # a key of `PENCILS`; None draws one
     if kind == 'hatching' or rng.random() < .3:
         angle, bite = rng.uniform(.3, 1.3), rng.uniform(.25, .7)
         for turn in (0, rng.uniform(.9, 1.6))[:rng.integers(1, 3)]:
-            d = d - bite * (.75 - g).clip(0, 1) * (strokes(g.shape, rng, angle + turn, w * .05) > rng.uniform(0, .5))
-    elif rng.random() < .5: d = d - rng.uniform(.1, .35) * (.6 - g).clip(0, 1)  # a little shading with the side of the lead
-    d = rng.uniform(0, .15) + (rng.uniform(.92, 1) - rng.uniform(0, .15)) * d.clip(0, 1) + paper(g.shape, rng, rng.uniform(.005, .03))
+            lines = strokes(g.shape, rng, angle + turn, w * .05) > rng.uniform(0, .5)
+            d = d - bite * (.75 - g).clip(0, 1) * lines
+    elif rng.random() < .5:
+        # a little shading with the side of the lead
+        d = d - rng.uniform(.1, .35) * (.6 - g).clip(0, 1)
+    darkest, range_ = rng.uniform(0, .15), rng.uniform(.92, 1) - rng.uniform(0, .15)
+    d = darkest + range_ * d.clip(0, 1) + paper(g.shape, rng, rng.uniform(.005, .03))
     if kind != 'tinted': return grey(d)
     warm, light = rng.uniform(-.03, .13), rng.uniform(.85, 1)
     return (light * np.array([1, 1 - warm / 2, 1 - 1.5 * warm]) * d[..., None]).clip(0, 1)
@@ -89,7 +95,8 @@ def line_art(a, rng):
     "Thin dark lines on white: ink, no shading."
     w, g = a.shape[1], stretch(luma(a))
     g = blur(.35 + .65 * g, w * .002)
-    d = xdog(g, w * rng.uniform(.005, .009), rng.uniform(15, 35), rng.uniform(.2, .4), rng.uniform(8, 30))
+    d = xdog(g, w * rng.uniform(.005, .009), rng.uniform(15, 35), rng.uniform(.2, .4),
+             rng.uniform(8, 30))
     return grey(1 - (1 - d) * rng.uniform(.75, 1))
 
 def charcoal(a, rng):
@@ -102,23 +109,27 @@ def charcoal(a, rng):
     return grey(.04 + rng.uniform(.7, .9) * d)
 
 def chalk(a, rng):
-    "White chalk on a blackboard: the pencil drawing with light and dark exchanged, on a dark board."
+    "White chalk on a blackboard: the pencil drawing with light and dark exchanged."
     w, g = a.shape[1], stretch(luma(a))
     line = 1 - dodge(blur(g, w * .004), w * rng.uniform(.03, .07), rng.uniform(2, 4))
     line = (line * (.7 + .5 * (rng.standard_normal(g.shape) > -.3))).clip(0, 1)[..., None]
-    board = np.array([[.1, .12, .1], [.12, .2, .15], [.08, .1, .16]])[rng.integers(3)] * rng.uniform(.7, 1.4)
+    boards = np.array([[.1, .12, .1], [.12, .2, .15], [.08, .1, .16]])
+    board = boards[rng.integers(3)] * rng.uniform(.7, 1.4)
     return (board * (1 - line) + rng.uniform(.85, 1) * line).clip(0, 1)
 
 # %% ../nbs/16_styles.ipynb #f1b5d8e7
 def kuwahara(a, r:int): # [h, w, 3]; r = window radius in pixels
     "Mean of the least varying of the four (r + 1)-windows that meet in each pixel."
-    a, box = np.pad(a, ((r, r), (r, r), (0, 0)), 'symmetric'), partial(ndi.uniform_filter, size=r + 1)
+    a = np.pad(a, ((r, r), (r, r), (0, 0)), 'symmetric')
+    box = partial(ndi.uniform_filter, size=r + 1)
     m = np.stack([box(a[..., c]) for c in range(3)], -1)
     g = luma(a); v = box(g * g) - box(g) ** 2
-    q = (r + 1) // 2  # how far the filter's window reaches back; moved so that the pixel is one of its corners
+    # how far the window reaches back; moved so that the pixel is one of its corners
+    q = (r + 1) // 2
     shifts = [(i, j) for i in (-q, r - q) for j in (-q, r - q)]
     vs = np.stack([np.roll(v, s, (0, 1)) for s in shifts]); best = vs.argmin(0)
-    return np.take_along_axis(np.stack([np.roll(m, s, (0, 1)) for s in shifts]), best[None, ..., None], 0)[0, r:-r, r:-r]
+    moved = np.stack([np.roll(m, s, (0, 1)) for s in shifts])
+    return np.take_along_axis(moved, best[None, ..., None], 0)[0, r:-r, r:-r]
 
 def saturate(a, k): # k = 1 unchanged, 0 grey
     "Move colours away from (k > 1) or towards (k < 1) their brightness."
@@ -135,10 +146,13 @@ def watercolour(a, rng):
     "Watercolour: washes of thin colour on white paper, darker where a wash dried at its edge."
     w = a.shape[1]
     p = kuwahara(blur(a, w * .008), max(3, round(w * rng.uniform(.03, .05))))
-    p = saturate(p, rng.uniform(1.2, 1.7)) ** rng.uniform(.45, .65)  # pale: the paper shines through
+    # pale: the paper shines through
+    p = saturate(p, rng.uniform(1.2, 1.7)) ** rng.uniform(.45, .65)
     rim = (blur(luma(p), w * .01) - luma(p)).clip(0, 1)
-    bloom = blur(rng.standard_normal(a.shape[:2]), w * .03); bloom *= rng.uniform(.03, .07) / bloom.std()
-    p = p + (bloom - rng.uniform(.5, 1.5) * rim + paper(a.shape[:2], rng, rng.uniform(.005, .02)))[..., None]
+    bloom = blur(rng.standard_normal(a.shape[:2]), w * .03)
+    bloom *= rng.uniform(.03, .07) / bloom.std()
+    rim = rng.uniform(.5, 1.5) * rim
+    p = p + (bloom - rim + paper(a.shape[:2], rng, rng.uniform(.005, .02)))[..., None]
     y, x = np.mgrid[-1:1:a.shape[0] * 1j, -1:1:a.shape[1] * 1j]
     edge = np.maximum(abs(x), abs(y)) + bloom  # the wash rarely reaches the sheet's edge
     wash = (1 / (1 + np.exp((edge - rng.uniform(.9, 1.3)) / .04)))[..., None]
@@ -154,7 +168,8 @@ def cartoon(a, rng):
     w, p = a.shape[1], kuwahara(blur(a, a.shape[1] * .006), max(3, round(a.shape[1] * .025)))
     g = luma(p)[..., None]
     flat = saturate(p / (g + .05) * (quantise(g, rng.integers(4, 7)) + .05), rng.uniform(1.3, 1.9))
-    line = xdog(blur(.35 + .65 * stretch(luma(a)), w * .004), w * rng.uniform(.007, .011), rng.uniform(15, 30), rng.uniform(.2, .35), 20)
+    soft = blur(.35 + .65 * stretch(luma(a)), w * .004)
+    line = xdog(soft, w * rng.uniform(.007, .011), rng.uniform(15, 30), rng.uniform(.2, .35), 20)
     return ((flat * rng.uniform(1., 1.2)).clip(0, 1) * line[..., None]).clip(0, 1)
 
 def colour_pencil(a, rng):
@@ -163,7 +178,8 @@ def colour_pencil(a, rng):
     line = dodge(blur(g, w * .004), w * rng.uniform(.03, .06), rng.uniform(1.2, 2.2))[..., None]
     tint = 1 - (1 - saturate(blur(a, w * .01), rng.uniform(1.4, 2.2))) * rng.uniform(.35, .6)
     hatch = (strokes(g.shape, rng, rng.uniform(.3, 1.3), w * .04) > 0)[..., None]
-    return (line * (1 - (1 - tint) * (.7 + .5 * hatch)) + paper(g.shape, rng, .015)[..., None]).clip(0, 1)
+    drawn = line * (1 - (1 - tint) * (.7 + .5 * hatch))
+    return (drawn + paper(g.shape, rng, .015)[..., None]).clip(0, 1)
 
 def pixel_art(a, rng):
     "Pixel art: 14-24 big pixels across, few colours."
@@ -176,8 +192,10 @@ def halftone(a, rng):
     "Newspaper print: black dots on a turned grid, as large as the photo is dark."
     h, w = a.shape[:2]; t, k = rng.uniform(.3, 1.2), 2 * np.pi * rng.uniform(16, 22) / w
     y, x = np.mgrid[:h, :w]
-    screen = np.cos(k * (x * np.cos(t) + y * np.sin(t))) + np.cos(k * (y * np.cos(t) - x * np.sin(t)))  # in [-2, 2]
-    return grey(1 / (1 + np.exp(-8 * (stretch(luma(a)) * 4 - 2 - screen))) * rng.uniform(.85, 1) + rng.uniform(0, .1))
+    u, v = x * np.cos(t) + y * np.sin(t), y * np.cos(t) - x * np.sin(t)
+    screen = np.cos(k * u) + np.cos(k * v)  # in [-2, 2]
+    dots = 1 / (1 + np.exp(-8 * (stretch(luma(a)) * 4 - 2 - screen)))
+    return grey(dots * rng.uniform(.85, 1) + rng.uniform(0, .1))
 
 # %% ../nbs/16_styles.ipynb #29486c08
 def photo(a, rng): "The photo itself."; return a
@@ -189,26 +207,31 @@ def black_and_white(a, rng):
 def sepia(a, rng):
     "An old brown photo."
     tone = np.array([1., rng.uniform(.8, .87), rng.uniform(.55, .68)])
-    return ((rng.uniform(0, .12) + .95 * luma(a))[..., None] ** rng.uniform(.8, 1.1) * tone).clip(0, 1)
+    bright = rng.uniform(0, .12) + .95 * luma(a)
+    return (bright[..., None] ** rng.uniform(.8, 1.1) * tone).clip(0, 1)
 
 def negative(a, rng):
     "A film negative: every colour replaced by its complement."
     return (1 - a) * rng.uniform(.9, 1) + rng.uniform(0, .05)
 
 def tinted(a, rng):
-    "A photo or a drawing through coloured glass or in coloured ink, of any hue but sepia's: what looks like a sketch, but for its colour."
+    "A photo or a drawing through coloured glass or in coloured ink, of any hue but sepia's."
     base = (photo, photo, black_and_white, pencil, line_art, charcoal)[rng.integers(6)](a, rng)
     colour = np.array(hsv_to_rgb(rng.uniform(.17, 1.03) % 1, rng.uniform(.35, .9), 1.))
-    return base * colour if rng.random() < .6 else 1 - (1 - base) * (1 - colour * rng.uniform(.4, .9))
+    if rng.random() < .6: return base * colour
+    return 1 - (1 - base) * (1 - colour * rng.uniform(.4, .9))
 
 # %% ../nbs/16_styles.ipynb #a79ceead
-STYLES = dict(photo=photo, pencil=pencil, charcoal=charcoal, line_art=line_art, cartoon=cartoon, watercolour=watercolour, oil=oil,
-              pixel_art=pixel_art, grayscale=black_and_white, sepia=sepia, negative=negative, colour_pencil=colour_pencil, chalk=chalk, halftone=halftone, tinted=tinted)
+STYLES = dict(photo=photo, pencil=pencil, charcoal=charcoal, line_art=line_art, cartoon=cartoon,
+              watercolour=watercolour, oil=oil, pixel_art=pixel_art, grayscale=black_and_white,
+              sepia=sepia, negative=negative, colour_pencil=colour_pencil, chalk=chalk,
+              halftone=halftone, tinted=tinted)
 
 def to_array(im): # PIL image or array -> float64 [h, w, 3] in [0, 1]
     "A photo as the array that styles draw on."
     if isinstance(im, Image.Image): return np.asarray(im.convert('RGB')) / 255.
-    if im.ndim != 3 or im.shape[-1] != 3: raise UserError(f'a photo is a PIL image or an array [h, w, 3], got shape {list(im.shape)}')
+    if im.ndim != 3 or im.shape[-1] != 3:
+        raise UserError(f'a photo is a PIL image or an array [h, w, 3], got shape {list(im.shape)}')
     return im / 255. if im.dtype == np.uint8 else np.asarray(im, float)
 
 def to_image(a): # [h, w, 3] in [0, 1] -> PIL
@@ -216,11 +239,14 @@ def to_image(a): # [h, w, 3] in [0, 1] -> PIL
     return Image.fromarray((a * 255).round().clip(0, 255).astype(np.uint8))
 
 # %% ../nbs/16_styles.ipynb #226d6b13
-def render(im, style:str,           # a photo (PIL, or array [h, w, 3] uint8 or in [0, 1]); a key of `STYLES`
+def render(im,                      # a photo: PIL, or array [h, w, 3], uint8 or in [0, 1]
+           style:str,               # a key of `STYLES`
            rng:np.random.Generator, # draws the style's parameters
-           size:int|None=None,      # shrink the finished drawing to size x size; lines stay finer than if drawn small
+           size:int|None=None,      # shrink the finished drawing; lines stay finer
           ) -> Image.Image:
     "Draw a photo in a style."
     if style not in STYLES: raise UserError(f'no style {style!r}; there are {", ".join(STYLES)}')
     out = to_image(STYLES[style](to_array(im), rng))
-    return out if size is None or out.size == (size, size) else out.resize((size, size), Image.NEAREST if style == 'pixel_art' and size % 2 else Image.LANCZOS)
+    if size is None or out.size == (size, size): return out
+    how = Image.NEAREST if style == 'pixel_art' and size % 2 else Image.LANCZOS
+    return out.resize((size, size), how)

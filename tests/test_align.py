@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from diffclip_da.adaptation.adapt import main
+from diffclip_da.adaptation.folder import main
 from diffclip_da.align import TEMPLATE, align_faces, find_face, fit_similarity, warp
 from diffclip_da.core import UserError
 from diffclip_da.data import image_folder

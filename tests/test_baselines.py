@@ -1,12 +1,18 @@
 "The baselines: each formula against an independent one, and no method looks at more than it says."
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score
 
-from diffclip_da.study.baselines import (METHODS, NormCNN, ReverseGradient, Task, adain, adapt_norms, clip_features, coral_loss, half, move_features,
-                                   sobel_edges, strongly, tent_steps, to_grey, train_aligned)
-from diffclip_da.study import budget
+from diffclip_da.study import baselines
+from diffclip_da.study.baselines import (LONGER, METHODS, ROWS, NormCNN, ReverseGradient, Task, adain, adapt_norms,
+                                         clip_features, coral_loss, entropy, half, move_features,
+                                         moved_and_recoloured, same_budget, sobel_edges, strongly, tent_steps,
+                                         to_grey, train_aligned)
+from diffclip_da.study.classify import Training
+from diffclip_da.store import code_hash
 from diffclip_da.models.clip import tiny_clip, zero_shot
 from diffclip_da.core import new_generator
 
@@ -17,7 +23,17 @@ def pictures(seed, n=20): return torch.rand(n, 3, 16, 16, generator=new_generato
 @pytest.fixture
 def task():
     y = torch.arange(20) % 2
-    return Task((pictures(0), y), (pictures(1), y), (pictures(2), y), (pictures(3), y), (torch.stack([pictures(7), pictures(8)]), y), (pictures(4), y), pictures(5), (pictures(6), y), tiny_clip(), epochs=1, batch_size=8)
+    return Task((pictures(0), y), (pictures(1), y), (pictures(2), y), (pictures(3), y),
+                (torch.stack([pictures(7), pictures(8)]), y), (pictures(4), y), pictures(5), (pictures(6), y),
+                tiny_clip(), training=Training(epochs=1, batch_size=8))
+
+
+@pytest.fixture
+def three(task):
+    "The same pictures with labels of three classes."
+    y = torch.arange(20) % 3
+    fields = ('source', 'source_valid', 'adapted', 'control', 'varied', 'drawn', 'oracle')
+    return replace(task, captions=('a cat', 'a dog', 'a bird'), **{f: (getattr(task, f)[0], y) for f in fields})
 
 
 PARTS = ('adapted', 'control', 'varied', 'drawn', 'target', 'oracle', 'clip')
@@ -27,10 +43,26 @@ PARTS = ('adapted', 'control', 'varied', 'drawn', 'target', 'oracle', 'clip')
 def test_a_method_needs_no_more_than_it_says_and_is_the_same_for_a_seed(task, name):
     m, x = METHODS[name], pictures(9)
     before = m.fit(task, 1)[0](x)
-    assert before.shape == (20,) and bool(((0 <= before) & (before <= 1)).all())
-    blind = Task(task.source, task.source_valid, **{k: getattr(task, k) for k in PARTS if k in m.sees}, epochs=1, batch_size=8)
+    assert before.shape == (20, 2) and torch.allclose(before.sum(1), torch.ones(20)) and before.min() >= 0
+    seen = {k: getattr(task, k) for k in PARTS if k in m.sees}
+    blind = Task(task.source, task.source_valid, **seen, training=task.training)
     torch.rand(3)   # the global state plays no part
     assert torch.equal(m.fit(blind, 1)[0](x), before)
+
+
+@pytest.mark.parametrize('name', METHODS)
+def test_every_method_answers_for_three_classes(three, name):
+    p = METHODS[name].fit(three, 0)[0](pictures(9))
+    assert p.shape == (20, 3) and torch.allclose(p.sum(1), torch.ones(20)) and p.min() >= 0
+
+
+def test_three_classes_are_told_apart_by_a_row_of_the_table(three):
+    g = new_generator(0)
+    y = torch.arange(60) % 3
+    x = .3 * torch.randn(60, 3, 16, 16, generator=g) + .8 * torch.nn.functional.one_hot(y, 3)[:, :, None, None]
+    task = replace(three, source=(x, y), source_valid=(x, y), training=Training(epochs=4, batch_size=8))
+    for name in ('source_only', 'source_only_selected', 'batch_norm'):
+        assert balanced_accuracy_score(y, METHODS[name].fit(task, 0)[0](x).argmax(1)) > .9, name
 
 
 @pytest.mark.parametrize('name', METHODS)
@@ -58,7 +90,7 @@ def test_grey_and_edges_against_their_definitions():
 
 def test_augmentations_draw_for_each_picture():
     x = pictures(0, 64)
-    changed = (half(lambda v: -v)(x, new_generator(0)) == -x).flatten(1).all(1)
+    changed = (half(lambda v: -v, x, new_generator(0)) == -x).flatten(1).all(1)
     assert 16 < changed.sum() < 48
     torch.manual_seed(0)
     same = strongly(x[:1].repeat(8, 1, 1, 1))
@@ -69,6 +101,12 @@ def test_adain_has_the_styles_statistics():
     x, s = pictures(0) * .1, pictures(1) * .3 + .1
     y = adain(x, s)
     assert torch.allclose(y.mean((2, 3)), s.mean((2, 3)), atol=1e-3) and torch.allclose(y.std((2, 3)), s.std((2, 3)), atol=1e-3)
+
+
+@pytest.mark.parametrize('k', (2, 3, 7))
+def test_entropy_against_torch(k):
+    z = torch.randn(5, k, generator=new_generator(k)) * 3
+    assert torch.allclose(entropy(z), torch.distributions.Categorical(logits=z).entropy(), atol=1e-5)
 
 
 def test_adabn_moves_statistics_only_and_tent_scales_and_shifts_only():
@@ -103,7 +141,15 @@ def test_the_penalty_sees_features_of_both_domains_and_the_course_of_the_trainin
 
 def test_zero_shot_is_the_guides(task):
     x = pictures(9)
-    assert torch.allclose(METHODS['clip_zero_shot'].fit(task, 0)[0](x), zero_shot(task.clip, x, [['a woman'], ['a man']])[:, 1])
+    assert torch.allclose(METHODS['clip_zero_shot'].fit(task, 0)[0](x), zero_shot(task.clip, x, [['a woman'], ['a man']]))
+
+
+@pytest.mark.parametrize('name', ('clip_zero_shot', 'latent_augmentation'))
+def test_captions_come_with_the_task(task, name):
+    "Asked for smiles, the guide is not asked for women and men."
+    x = pictures(9)
+    other = replace(task, captions=('a person with a serious face', 'a smiling person'))
+    assert not torch.equal(METHODS[name].fit(task, 0)[0](x), METHODS[name].fit(other, 0)[0](x))
 
 
 def test_moved_features_have_unit_length_and_go_along():
@@ -122,24 +168,39 @@ LONG = [n for n in METHODS if n.endswith('_long')]
 @pytest.mark.parametrize('name', LONG)
 def test_every_long_row_sees_as_many_pictures(task, monkeypatch, name):
     seen = []
-    monkeypatch.setattr(budget, 'cnn', lambda task, train, seed, tests, augment, epochs: seen.append((len(train[1]) * epochs, augment)) or (None, None))
-    task.epochs = 6
-    METHODS[name].fit(task, 0)
-    assert seen == [(budget.LONGER * 6 * 20, budget.moved_and_recoloured)]
+    def spy(task, train, seed, tests, epochs, augment, before): seen.append((len(train[1]) * epochs, augment)); return None, None
+    monkeypatch.setattr(baselines, 'cnn', spy)
+    METHODS[name].fit(replace(task, training=Training(epochs=6)), 0)
+    assert seen == [(LONGER * 6 * 20, moved_and_recoloured)]
+
+
+def test_rows_of_one_budget_make_as_many_updates(task, monkeypatch):
+    seen = []
+    def spy(task, train, seed, tests=None, epochs=None, **how): seen.append(len(train[1]) * epochs); return None, None
+    monkeypatch.setattr(baselines, 'cnn', spy)
+    for name, row in ROWS.items():
+        if row.budget == 1 and not row.selected: METHODS[name].fit(replace(task, training=Training(epochs=6)), 0)
+    assert set(seen) == {6 * 20}
 
 
 def test_every_long_row_has_its_photos_and_its_oracle():
     assert len(LONG) == 6
-    for n in LONG: assert {budget.same_budget(n, 'source_only'), budget.same_budget(n, 'oracle')} <= set(LONG)
-    assert budget.same_budget('adapted', 'oracle') == 'oracle'
+    for n in LONG: assert {same_budget(n, 'source_only'), same_budget(n, 'oracle')} <= set(LONG)
+    assert same_budget('adapted', 'oracle') == 'oracle'
 
 
 def test_moved_and_recoloured_does_both():
     x = torch.zeros(64, 3, 16, 16) - .5
     x[:, 0] = .9   # red everywhere: a move alone leaves it
     torch.manual_seed(0)
-    y = budget.moved_and_recoloured(x)
+    y = moved_and_recoloured(x)
     assert y.shape == x.shape and (y - x).abs().amax((1, 2, 3)).gt(.05).float().mean() > .9
     ramp = torch.linspace(-1, 1, 16).expand(64, 3, 16, 16)
-    z = budget.moved_and_recoloured(ramp)
+    z = moved_and_recoloured(ramp)
     assert (z.std(2).amax((1, 2)) > .01).float().mean() > .8   # columns are no longer even: turned or sheared
+
+
+def test_code_of_a_row_is_what_it_runs_through():
+    key = {n: code_hash(*m.code) for n, m in METHODS.items()}
+    assert key['source_only'] == key['adapted'] == key['oracle'] != key['strong_augmentation'] == key['adapted_augmented']
+    assert len({key[n] for n in ('source_only', 'grayscale', 'dann', 'coral', 'tent', 'adabn', 'clip_zero_shot')}) == 7

@@ -1,11 +1,9 @@
-import dataclasses
-import errno
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,15 +12,13 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from torch import nn
+from test_store import Config, listing
 
-from diffclip_da import core, store
-from diffclip_da.core import (COLOURS, UserError, default_device, friendly_exit, from_pil, from_uint8,
-                              image_grid, new_generator, progress, set_seed, show_images, to_pil, to_uint8)
+from diffclip_da import core
+from diffclip_da.core import (COLOURS, UserError, command, default_device, fold_seed, friendly_exit, from_pil,
+                              from_uint8, image_grid, new_generator, progress, set_seed, show_images, to_pil, to_uint8)
+from diffclip_da.store import git_commit, read_json, versions
 from diffclip_da.study.figures import make_record, save_figure, validate_record
-from diffclip_da.store import (asset_file, atomic_write, canonical_hash, check_sha256, git_commit,
-                               load_card, read_json, sha256_bytes, sha256_file, state_hash, versions,
-                               write_json)
 
 
 # ---- errors -----------------------------------------------------------------------------------------------------------------
@@ -77,185 +73,49 @@ def test_default_device_order(monkeypatch):
     assert default_device() == torch.device('cpu')
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------
-
-def listing(p): return sorted(q.relative_to(p).as_posix() for q in p.rglob('*'))
-
-
-def test_atomic_write_makes_folders_and_replaces(tmp_path):
-    with atomic_write(tmp_path/'a'/'b.bin') as f: f.write(b'one')
-    with atomic_write(tmp_path/'a'/'b.bin') as f:
-        f.write(b'two')
-        assert f.name.endswith(f'b.bin.{os.getpid()}.tmp')
-        assert (tmp_path/'a'/'b.bin').read_bytes() == b'one'   # the old one until the block has ended
-    assert (tmp_path/'a'/'b.bin').read_bytes() == b'two'
-    assert listing(tmp_path) == ['a', 'a/b.bin']
+def test_folded_seeds_differ_for_each_purpose():
+    assert fold_seed(0, 'noise', 3) == fold_seed(0, 'noise', 3)
+    seeds = {fold_seed(*a) for a in [(0,), (1,), (0, 'a'), (0, 'b'), (0, 'a', 0), (0, 'a', 1), (0, 0, 'a'), (0, '0'), (0, 0)]}
+    assert len(seeds) == 9 and all(0 <= s < 2**53 for s in seeds)
+    assert all(float(s) == s for s in seeds)                     # exact in JSON
+    new_generator(max(seeds)); set_seed(max(seeds))              # and every generator takes it
 
 
-def test_atomic_write_text_is_utf8_with_plain_line_ends(tmp_path):
-    with atomic_write(tmp_path/'t.txt', 'w') as f: f.write('é\n')
-    assert (tmp_path/'t.txt').read_bytes() == b'\xc3\xa9\n'
+# ---- command lines ----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Steps:
+    n_inv: int = 6    # inversion steps
 
 
-@pytest.mark.parametrize('error', [RuntimeError('boom'), KeyboardInterrupt(), PermissionError(13, 'another file')])
-def test_atomic_write_leaves_nothing_on_exception(tmp_path, error):
-    (tmp_path/'x').write_text('old')
-    with pytest.raises(type(error)):
-        with atomic_write(tmp_path/'x', 'w') as f:
-            f.write('half')
-            raise error
-    assert listing(tmp_path) == ['x'] and (tmp_path/'x').read_text() == 'old'
+@dataclass
+class Options:
+    "Turn photos into sketches."
+    target: str       # words for the domain wanted
+    walk: Steps = field(default_factory=Steps)
+    skip_bad: bool = False   # leave out images that cannot be read
+    passes: int|None = None  # fine-tuning passes
 
 
-@pytest.mark.parametrize('no', [errno.ENOSPC, errno.EDQUOT])
-def test_atomic_write_full_disk_at_fsync(tmp_path, monkeypatch, no):
-    def full(fd): raise OSError(no, os.strerror(no))
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(UserError, match=r'cannot write .*big\.bin: .*(no space left|quota).*free some or choose another folder'):
-        with atomic_write(tmp_path/'big.bin') as f: f.write(b'x')
-    assert listing(tmp_path) == []
+def test_command_reads_a_dataclass():
+    a = command(Options, ['--target', 'a sketch', '--n-inv', '4', '--skip-bad', '--passes', '2'])
+    assert a == Options('a sketch', Steps(4), True, 2)
+    assert command(Options, ['--target', 'x']) == Options('x')
 
 
-@pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
-def test_atomic_write_full_disk_said_by_the_kernel(tmp_path):
-    (tmp_path/f'big.bin.{os.getpid()}.tmp').symlink_to('/dev/full')   # every write to it fails with ENOSPC
-    with pytest.raises(UserError, match=r'cannot write .*big\.bin: no space left'):
-        with atomic_write(tmp_path/'big.bin') as f: f.write(b'x' * 10)
-    assert listing(tmp_path) == []
+def test_command_help_comes_from_the_comments(capsys):
+    with pytest.raises(SystemExit) as e: command(Options, ['--help'], 'diffclip-x')
+    said = capsys.readouterr().out
+    assert e.value.code == 0 and 'diffclip-x' in said and 'Turn photos into sketches.' in said
+    for text in ('--n-inv INT', 'inversion steps', '--skip-bad', 'leave out images', 'default: 6'): assert text in said, text
+    assert '--walk' not in said and '--no-skip-bad' not in said
 
 
-def test_atomic_write_bad_places(tmp_path):
-    (tmp_path/'file').write_text('')
-    (tmp_path/'dir').mkdir()
-    with pytest.raises(UserError, match='part of this path is a file'):
-        with atomic_write(tmp_path/'file'/'x') as f: f.write(b'')
-    with pytest.raises(UserError, match='there is a folder of that name'):
-        with atomic_write(tmp_path/'dir') as f: f.write(b'')
-    assert listing(tmp_path) == ['dir', 'file']
-
-
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs fork')
-def test_atomic_write_survives_kill_9(tmp_path):
-    "A process that is killed inside the block leaves the old file whole."
-    (tmp_path/'x').write_text('old')
-    if (pid := os.fork()) == 0:
-        with atomic_write(tmp_path/'x', 'w') as f:
-            f.write('new')
-            f.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
-    assert (tmp_path/'x').read_text() == 'old'
-    with atomic_write(tmp_path/'x', 'w') as f: f.write('newer')
-    assert (tmp_path/'x').read_text() == 'newer'
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    t0: int = 500
-    where: Path = Path('runs')
-    sizes: tuple = (1, 2)
-
-
-def test_json_round_trip(tmp_path):
-    obj = dict(c=Config(), a=np.arange(2), t=torch.tensor(1.5), f=np.float32(.5), nan=float('nan'), inf=np.inf, none=None, b=np.bool_(True), d={1: 'é'})
-    write_json(tmp_path/'r.json', obj)
-    assert read_json(tmp_path/'r.json') == dict(c=dict(t0=500, where='runs', sizes=[1, 2]), a=[0, 1], t=1.5, f=.5, nan=None, inf=None, none=None, b=True, d={'1': 'é'})
-
-
-def test_json_errors(tmp_path):
-    with pytest.raises(UserError, match=r'none\.json: no such file'): read_json(tmp_path/'none.json')
-    for text in (b'{"a": ', b'\xff\xfe'):
-        (tmp_path/'bad.json').write_bytes(text)
-        with pytest.raises(UserError, match=r'bad\.json: not valid JSON .*delete it'): read_json(tmp_path/'bad.json')
-    with pytest.raises(TypeError, match='no JSON form for set'): write_json(tmp_path/'s.json', {1, 2})
-    assert not (tmp_path/'s.json').exists()
-
-
-# ---- hashes -----------------------------------------------------------------------------------------------------------------
-
-def test_sha256(tmp_path):
-    (tmp_path/'w').write_bytes(b'abc' * 10**6)
-    assert sha256_bytes(b'abc') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
-    assert sha256_file(tmp_path/'w') == sha256_bytes(b'abc' * 10**6)
-    check_sha256(tmp_path/'w', sha256_file(tmp_path/'w').upper())
-    with pytest.raises(UserError, match=r'w: SHA-256 is \w{12}\.\.\., expected 0{12}\.\.\.; .*fetch it again'): check_sha256(tmp_path/'w', '0' * 64)
-    with pytest.raises(UserError, match='cannot read .*gone: No such file'): check_sha256(tmp_path/'gone', '0' * 64)
-
-
-def test_canonical_hash():
-    h = canonical_hash(Config())
-    assert len(h) == 16 and h == canonical_hash(dict(sizes=[1, 2], where='runs', t0=500))
-    assert len({h, canonical_hash(Config(t0=501)), canonical_hash(Config(sizes=(2, 1))), canonical_hash(None), canonical_hash('None'), canonical_hash(float('nan'))}) == 6
-    assert canonical_hash(dict(a=1), n=64).startswith(canonical_hash(dict(a=1)))
-
-
-def test_state_hash():
-    set_seed(0)
-    m = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))   # the norm has a scalar integer buffer
-    h = state_hash(m)
-    assert h == state_hash(m.state_dict()) == state_hash(dict(reversed(list(m.state_dict().items()))))
-    assert h != state_hash(m.double())
-    m.float()
-    assert h == state_hash(m)
-    with torch.no_grad(): m[0].bias[0] += 1e-6
-    assert h != state_hash(m)
-    assert state_hash(m.bfloat16()) != h
-    assert state_hash(dict(a=torch.zeros(2, 3))) != state_hash(dict(a=torch.zeros(3, 2)))
-
-
-def test_versions_and_commit():
-    v = versions()
-    assert v['torch'] == torch.__version__.split('+')[0] or v['torch'] == torch.__version__
-    assert set(v) == {'python', 'torch', 'torchvision', 'diffusers', 'open_clip_torch', 'facenet-pytorch', 'numpy', 'seaborn', 'diffclip_da'}
-    c = git_commit()
-    assert c is None or len(c.removesuffix('+dirty')) == 10 and int(c.removesuffix('+dirty'), 16) >= 0
-
-
-def git(root, *args): subprocess.run(['git', '-C', str(root), '-c', 'user.name=a', '-c', 'user.email=a@b', *args], check=True, capture_output=True)
-
-
-def test_git_commit_of_the_package_only(tmp_path, monkeypatch):
-    pkg = tmp_path/'pkg'
-    pkg.mkdir()
-    (pkg/'__init__.py').write_text('')
-    (tmp_path/'figure.json').write_text('1')
-    monkeypatch.setattr(core.diffclip_da, '__file__', str(pkg/'__init__.py'))
-    assert git_commit() is None                       # no repository
-    git(tmp_path, 'init')
-    git(tmp_path, 'add', 'figure.json')
-    git(tmp_path, 'commit', '-m', 'x')
-    assert git_commit() is None                       # another's repository, which does not track the package
-    git(tmp_path, 'add', '.')
-    git(tmp_path, 'commit', '-m', 'y')
-    c = git_commit()
-    assert len(c) == 10
-    (tmp_path/'figure.json').write_text('2')
-    assert git_commit() == c                          # a figure made anew does not make the code dirty
-    (pkg/'__init__.py').write_text('a = 1')
-    assert git_commit() == c + '+dirty'
-
-
-# ---- assets -----------------------------------------------------------------------------------------------------------------
-
-def test_assets(tmp_path, monkeypatch):
-    monkeypatch.setenv('DIFFCLIP_ASSETS', str(tmp_path))
-    with pytest.raises(UserError, match=r"no shipped asset 'unet' .*there are: none.*Reinstall"): load_card('unet')
-    (tmp_path/'unet').mkdir()
-    (tmp_path/'unet'/'w.bin').write_bytes(b'abc')
-    write_json(tmp_path/'unet'/'card.json', dict(measured={}, files={'w.bin': sha256_bytes(b'abc'), 'gone.bin': '0' * 64}))
-    assert asset_file('unet', 'w.bin').read_bytes() == b'abc'
-    with pytest.raises(UserError, match=r"lists no file 'x.bin'; it lists: w.bin, gone.bin"): asset_file('unet', 'x.bin')
-    with pytest.raises(UserError, match=r'gone.bin is missing although its card lists it'): asset_file('unet', 'gone.bin')
-    (tmp_path/'unet'/'w.bin').write_bytes(b'abcd')    # changed after the first check
-    with pytest.raises(UserError, match=r'w\.bin: SHA-256 is .*damaged or another version'): asset_file('unet', 'w.bin')
-    with pytest.raises(UserError, match=r"no shipped asset 'clip' .*there are: unet"): load_card('clip')
-
-
-@pytest.mark.parametrize('card', sorted(core.asset_dir().glob('*/card.json')), ids=lambda p: p.parent.name)
-def test_shipped_files_match_their_cards(card):
-    name, files = card.parent.name, load_card(card.parent.name)['files']
-    assert files
-    for f in files: assert asset_file(name, f).stat().st_size > 0
+@pytest.mark.parametrize('argv', [[], ['--target'], ['--target', 'x', '--nope', '1'], ['--target', 'x', '--n-inv', 'six']])
+def test_command_exits_with_2(argv, capsys):
+    with pytest.raises(SystemExit) as e: command(Options, argv)
+    said = capsys.readouterr()
+    assert e.value.code == 2 and 'Traceback' not in said.err + said.out
 
 
 # ---- images -----------------------------------------------------------------------------------------------------------------
@@ -331,7 +191,7 @@ def test_make_record():
 
 @pytest.mark.parametrize('change, message', [
     (dict(weights=dict(unet=dict(name='a'))), r'record of figure3: weights.unet lacks sha256; weights.unet lacks provenance'),
-    (dict(weights=dict(clip=dict(name='a', sha256='0', provenance='mine'))), r"weights.clip.provenance is 'mine', not one of shipped, published, random"),
+    (dict(weights=dict(clip=dict(name='a', sha256='0', provenance='mine'))), r"weights.clip.provenance is 'mine', not one of shipped, local, published, random"),
     (dict(summary=dict(acc=dict(mean=.5))), r'summary.acc lacks ci95; summary.acc lacks n_seeds'),
     (dict(summary=dict(acc=dict(mean=.5, ci95=[.6, .4], n_seeds=2))), r'summary.acc.ci95 is \[0.6, 0.4\], not \[low, high\]'),
     (dict(tolerance=dict(accuracy=.1)), r'tolerance.accuracy has no metric of that name'),

@@ -14,8 +14,9 @@ from PIL import Image
 
 from diffclip_da.core import UserError, from_pil
 from diffclip_da.store import sha256_bytes, write_json
-from diffclip_da.data import (CELEBA_CROP, ImageSet, Store, celeba, check_splits, crop_image, decode, fs2k, image_folder,
-                              labelled_split, shipped_faces, to_rgb)
+from diffclip_da.data import (ATTRIBUTE_WORDS, CELEBA_CROP, DATASETS, ImageSet, Store, attribute_captions, celeba, check_splits,
+                              crop_image, dataset, decode, describe, find_celeba, find_fs2k, fs2k, image_folder, labelled_split,
+                              load_dataset, shipped_faces, to_rgb, toy_faces)
 
 
 # ---- decoding ---------------------------------------------------------------------------------------------------------------
@@ -148,6 +149,8 @@ def test_csv_of_other_programs(photos, tmp_path):
     (dict(labels=['cat', 'dog', '', 'dog', 'cat', 'dog']), r'a\.csv: no label for 2\.png'),
     (dict(header='file,label'), r'a\.csv: no column id; the first line must be the header "id,label", found "file,label"'),
     (dict(header='0.png,cat'), r'a\.csv: no column id and no column label'),
+    (dict(labels=['cat', 'dog', 'cat,x', 'dog', 'cat', 'dog']), r'a\.csv: row 4 has 3 fields, the header 2'),
+    (dict(labels=['cat', 'dog', ' ', 'dog', 'cat', 'dog']), r'a\.csv: no label for 2\.png \(row 4\)'),
 ])
 def test_bad_csv(photos, tmp_path, kw, message):
     with pytest.raises(UserError, match=message): image_folder(photos, write_csv(tmp_path/'a.csv', **kw))
@@ -180,13 +183,81 @@ def test_folder_as_zip_equals_folder(photos, tmp_path):
     assert a.ids == b.ids and torch.equal(a.tensor(size=8), b.tensor(size=8)) and a.manifest().equals(b.manifest())
 
 
+# ---- classes and captions ---------------------------------------------------------------------------------------------------
+
+def class_folders(root, names, n=4, start=0):
+    for c, name in enumerate(names):
+        (root/name).mkdir(parents=True)
+        for k in range(n): (root/name/f'{k}.png').write_bytes(encoded(picture(start + n * c + k), 'PNG'))
+    return root
+
+
+@pytest.mark.parametrize('rows', [
+    ['id,label'] + [f'{i},{"cat" if k % 2 else "dog"} ' for k, i in enumerate(IDS)],                        # spaces
+    ['id,label,,'] + [f'{i},{"cat" if k % 2 else "dog"},,' for k, i in enumerate(IDS)],                     # commas at line ends
+    ['id,label'] + [f'{i},{"cat" if k % 2 else "dog"},' for k, i in enumerate(IDS)],                        # only below the header
+    ['id,label'] + [f'{i},{"cat" if k % 2 else "dog"}' for k, i in enumerate(IDS)] + [',', '', ' , '],      # empty rows
+    ['id;label'] + [f'{i};{"cat" if k % 2 else "dog"}' for k, i in enumerate(IDS)],                         # semicolons
+    ['id\tlabel'] + [f'{i}\t{"cat" if k % 2 else "dog"}' for k, i in enumerate(IDS)],                       # tabs
+])
+def test_csv_as_spreadsheets_leave_it(photos, tmp_path, rows):
+    (tmp_path/'a.csv').write_text('\n'.join(rows) + '\n')
+    s = image_folder(photos, tmp_path/'a.csv')
+    assert s.classes == ['cat', 'dog'] and s.counts() == dict(cat=3, dog=3)
+
+
+def test_folder_per_class(tmp_path):
+    s = image_folder(class_folders(tmp_path/'a', ['owl', 'cat', 'dog']), 'folders')
+    assert s.classes == ['cat', 'dog', 'owl'] and s.labels['owl/0.png'] == 2 and s.counts() == dict(cat=4, dog=4, owl=4)
+    assert s.captions == ['a cat', 'a dog', 'an owl']
+    assert labelled_split(s, 7, 0, balanced=True).counts() == dict(cat=3, dog=2, owl=2)
+    (tmp_path/'a'/'loose.png').write_bytes(encoded(picture(0), 'PNG'))
+    with pytest.raises(UserError, match=r'loose\.png lie in no class folder; with labels="folders"'): image_folder(tmp_path/'a', 'folders')
+    with pytest.raises(UserError, match='every image has the label cat'): image_folder(class_folders(tmp_path/'b', ['cat']), 'folders')
+
+
+def test_a_target_set_takes_the_classes_of_the_source(tmp_path):
+    source = image_folder(class_folders(tmp_path/'a', ['x', 'cat', 'dog']), 'folders', classes=['dog', 'x', 'cat'])
+    target = image_folder(class_folders(tmp_path/'b', ['cat', 'dog'], start=50), 'folders', classes=source.classes)
+    assert target.labels['dog/0.png'] == source.labels['dog/0.png'] == 0 and target.counts() == dict(dog=4, x=0, cat=4)
+    image_folder(class_folders(tmp_path/'c', ['cat']), 'folders', classes=source.classes)   # one class of several is enough to be tested on
+    with pytest.raises(UserError, match='labels owl are none of the classes dog, x, cat'):
+        image_folder(class_folders(tmp_path/'d', ['owl', 'cat']), 'folders', classes=source.classes)
+
+
+def test_data_loader(photos, tmp_path):
+    from torch.utils.data import DataLoader
+    s = image_folder(photos, write_csv(tmp_path/'a.csv'))
+    x, y = next(iter(DataLoader(s, 6)))
+    assert torch.equal(x, s.tensor(size=64)) and torch.equal(y, s.labels_of())
+    x, y = s[0]
+    assert x.shape == (3, 64, 64) and y == 1 and image_folder(photos)[-1][1] == -1
+    s.size = 16
+    assert next(iter(DataLoader(s, 2, num_workers=2, shuffle=True)))[0].shape == (2, 3, 16, 16)
+    assert len(list(s)) == 6                                                # iteration ends
+
+
+def test_captions(photos, tmp_path):
+    s = image_folder(photos, write_csv(tmp_path/'a.csv'), captions=['a tom', 'a hound'])
+    assert s.captions == s.subset(s.ids[:2]).captions == ['a tom', 'a hound'] and image_folder(photos).captions == []
+    with pytest.raises(UserError, match='1 captions for 2 classes'): image_folder(photos, tmp_path/'a.csv', captions=['a tom'])
+    assert describe('owl') == 'an owl' and describe('man', ['young', 'with a hat', 'who smiles']) == 'a young man with a hat and who smiles'
+
+
+def test_no_attribute_is_asked_for_in_the_words_of_another():
+    said = {a: attribute_captions(a) for a in [*ATTRIBUTE_WORDS, 'Attractive']}
+    assert said['Male'] == ['a woman', 'a man'] and said['Smiling'] == ['a serious person', 'a smiling person'] and said['Eyeglasses'][1] == 'a person with glasses'
+    assert all(len(set(c)) == 2 for c in said.values())
+    assert not any(w in ' '.join(c).split() for a, c in said.items() if a != 'Male' for w in ('man', 'woman', 'male', 'female'))
+
+
 # ---- ImageSet ---------------------------------------------------------------------------------------------------------------
 
 def test_unknown_ids_and_missing_labels(photos):
     s = image_folder(photos)
     for f in (lambda: s.tensor(['0.png', 'x.png'], 8), lambda: s.pil('x.png'), lambda: s.image_hash('x.png'), lambda: s.subset(['x.png'])):
         with pytest.raises(UserError, match=r'photos .* has no image x\.png'): f()
-    with pytest.raises(UserError, match='photos has no labels; build it with labels_csv='): s.labels_of()
+    with pytest.raises(UserError, match='photos has no labels; build it with labels='): s.labels_of()
     with pytest.raises(UserError, match='must not hold an image twice: 0.png'): s.subset(['0.png', '1.png', '0.png'])
 
 
@@ -252,6 +323,7 @@ def test_celeba(mini_celeba):
         assert s.name == f"celeba-{('train', 'valid', 'test')[k]}"
     s = celeba(mini_celeba, 'valid', 'Smiling')
     assert s.classes == ['not Smiling', 'Smiling'] and s.labels == {i: rows[i][2] for i in s.ids}
+    assert s.captions == ['a serious person', 'a smiling person'] and celeba(mini_celeba).captions == ['a woman', 'a man']
     assert celeba(mini_celeba, attribute=None).labels is None
     assert s.pil(s.ids[0]).size == (148, 148)
     im = Image.open(io.BytesIO(encoded(picture(int(s.ids[0][:6]), (178, 218)))))
@@ -343,7 +415,7 @@ def write_fs2k(root, zipped):
     with zipfile.ZipFile(root/'fs2k_256.zip', 'w') as z:
         for k in range(12):
             st = k % 3 + 1
-            r = dict(photo=f'photo/photo{st}/image{k:04d}.jpg', sketch=f'sketch/sketch{st}/sketch{k:04d}.jpg', gender=['female', 'male'][k // 3 % 2], style=st - 1, split='train' if k < 6 else 'test')
+            r = dict(photo=f'photo/photo{st}/image{k:04d}.jpg', sketch=f'sketch/sketch{st}/sketch{k:04d}.jpg', gender=['female', 'male'][k // 3 % 2], style=st - 1, smile=k % 2, split='train' if k < 6 else 'test')
             for kind in ('photo', 'sketch'): z.writestr(r[kind], encoded(picture(k + (100 if kind == 'sketch' else 0), sizes[st])))
             rows.append(r)
     (root/'annotations.json').write_text(json.dumps(rows[::-1]))
@@ -374,6 +446,64 @@ def test_fs2k_errors(tmp_path):
     with pytest.raises(UserError, match=r'fs2k_256\.zip: 5 images are missing: sketch/'): fs2k(root)
     (root/'fs2k_256.zip').unlink()
     with pytest.raises(UserError, match=r'neither a folder sketch/ nor a zip of images'): fs2k(root)
+
+
+def test_fs2k_answers_for_gender_and_smiles_only(tmp_path):
+    root = write_fs2k(tmp_path, True)
+    s = fs2k(root, labelled=True, attribute='Smiling')                      # FS2K writes 0 for a smile
+    assert s.classes == celeba_classes('Smiling') and s.captions == ['a serious person', 'a smiling person']
+    assert s.labels_of(['1/0000', '1/0003']).tolist() == [1, 0]
+    assert fs2k(root, labelled=True).captions == ['a woman', 'a man']
+    with pytest.raises(UserError, match=r'FS2K knows nothing of Eyeglasses; it is labelled with Male and Smiling only.*give labelled pictures of your own'):
+        fs2k(root, labelled=True, attribute='Eyeglasses')
+    fs2k(root, attribute='Eyeglasses')                                      # without labels nobody asks
+    (root/'annotations.json').write_text((root/'annotations.json').read_text().replace('"smile": 0, ', ''))
+    with pytest.raises(UserError, match=r'annotations\.json: smile of 1/0000.* is none of 1, 0'): fs2k(root, labelled=True, attribute='Smiling')
+
+
+def celeba_classes(attribute): return [f'not {attribute}', attribute]
+
+
+# ---- data sets by name ------------------------------------------------------------------------------------------------------
+
+def test_data_sets_by_name(tmp_path, mini_celeba, monkeypatch):
+    assert {'faces', 'celeba', 'fs2k', 'folder', 'toy'} <= set(DATASETS) and DATASETS['celeba'].title == 'CelebA'
+    assert load_dataset('celeba', 'valid', mini_celeba, 'Smiling').manifest().equals(celeba(mini_celeba, 'valid', 'Smiling').manifest())
+    (tmp_path/'f').mkdir()
+    assert load_dataset('fs2k', 'test', write_fs2k(tmp_path/'f', True), 'Smiling').name == 'fs2k-sketch-test'
+    toys = {s: load_dataset('toy', s, tmp_path/'t') for s in ('train', 'valid', 'test')}
+    check_splits(*toys.values())
+    assert toys['train'].ids == toy_faces(tmp_path/'again', 40, 0, 'toy-train').ids and toys['test'].captions == ['a face with long hair', 'a face with a beard']
+    with pytest.raises(UserError, match="dataset = 'imagenet'; there are: faces, celeba, fs2k, toy, folder"): load_dataset('imagenet')
+    with pytest.raises(UserError, match="attribute = 'Smiling': the shipped faces are labelled female and male only"): load_dataset('faces', attribute='Smiling')
+    monkeypatch.delenv('CELEBA', raising=False); monkeypatch.delenv('FS2K', raising=False)
+    for name, find in (('celeba', find_celeba), ('fs2k', find_fs2k)):
+        with pytest.raises(UserError, match=f'Fetch .*environment variable {name.upper()}'): load_dataset(name)
+        with pytest.raises(UserError, match='is not at /nowhere'): find('/nowhere')
+        monkeypatch.setenv(name.upper(), str(tmp_path))
+        assert find() == tmp_path
+
+
+def test_a_data_set_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.setattr('diffclip_da.data.DATASETS', dict(DATASETS))
+    @dataset('mine', 'my pictures')
+    def mine(split, folder='', attribute='Male'): return toy_faces(tmp_path, 4, 0, f'mine-{split}')
+    assert load_dataset('mine', 'test').name == 'mine-test'
+
+
+def test_folder_as_a_data_set_is_split_the_same_way_each_time(tmp_path):
+    whole = class_folders(tmp_path/'a', ['cat', 'dog', 'owl'], 40)
+    sets = {s: load_dataset('folder', s, whole) for s in ('train', 'valid', 'test')}
+    check_splits(*sets.values())
+    assert sum(map(len, sets.values())) == 120 and len(sets['train']) > 2 * len(sets['test']) > 2 * len(sets['valid']) > 0
+    assert all(s.classes == ['cat', 'dog', 'owl'] for s in sets.values())
+    before = sets['test'].ids
+    (whole/'cat'/'new.png').write_bytes(encoded(picture(999), 'PNG'))
+    assert set(before) <= set(load_dataset('folder', 'test', whole).ids)
+    for k, s in enumerate(('train', 'test')): class_folders(tmp_path/'b'/s, ['x', 'y'], start=200 + 50 * k)
+    assert load_dataset('folder', 'test', tmp_path/'b').counts() == dict(x=4, y=4)
+    with pytest.raises(UserError, match='holds train, test but no folder valid'): load_dataset('folder', 'valid', tmp_path/'b')
+    with pytest.raises(UserError, match='no such folder'): load_dataset('folder', 'train', tmp_path/'c')
 
 
 # ---- splits -----------------------------------------------------------------------------------------------------------------

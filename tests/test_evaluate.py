@@ -12,9 +12,12 @@ from sklearn.metrics import balanced_accuracy_score
 from conftest import encoded, picture, write_celeba
 from diffclip_da.study.baselines import METHODS, Method
 from diffclip_da.core import UserError
-from diffclip_da.data import celeba, fs2k
-from diffclip_da.study.evaluate import Evaluation, check_roles, closed, draw_set, find_fs2k, group_of, modules_of, paired_bootstrap, recalls
-from diffclip_da.study.experiment import Experiment, get_profile
+from diffclip_da.data import celeba, find_fs2k, fs2k, image_folder, toy_faces
+from diffclip_da.study import baselines
+from diffclip_da.study.evaluate import (PARTS, Evaluation, check_roles, closed, compare_methods, draw_set, fewer, group_of,
+                                        in_classes, manifest_of, variant)
+from diffclip_da.study.experiment import Experiment
+from diffclip_da.study.profile import get_profile
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,9 +50,9 @@ def real(tmp_path):
 
 
 def test_manifest_of_real_data(real):
-    m = real.manifest()
+    m = manifest_of(real)
     assert set(m.role) == {'train', 'select', 'unlabelled', 'oracle', 'test'} and real.name == 'fs2k'
-    celeba_test, fs2k_test = set(celeba(real.exp.celeba, 'test').ids), set(fs2k(real.fs2k, 'test', 'sketch').ids)
+    celeba_test, fs2k_test = set(celeba(real.exp.folder, 'test').ids), set(fs2k(real.fs2k, 'test', 'sketch').ids)
     for r, g in m.groupby('role'): assert (set(g.id) <= celeba_test | fs2k_test) == (r == 'test'), r
     assert len(m[m.role == 'test']) == 4 + 6
 
@@ -58,7 +61,7 @@ def test_what_methods_get_holds_no_test_picture(real):
     "The pictures themselves, not what the table says of them."
     t = real.task()
     given = [v for f in ('source', 'source_valid', 'adapted', 'control', 'drawn', 'oracle') for v in getattr(t, f)[0]] + list(t.target)
-    for x, _ in (real.tests()['fs2k'], real.tests()['original'], real.tests()['adapted']):
+    for x, _ in (real.tests['fs2k'], real.tests['original'], real.tests['adapted']):
         for v in x: assert all((v - g).abs().max() > 1e-3 for g in given)
 
 
@@ -78,7 +81,7 @@ def test_roles_are_checked(changes, message):
 def test_a_leak_stops_everything(tmp_path, toy):
     test = toy.exp.splits['test']
     leak = Evaluation(toy.exp, target=dict(train=test, test=draw_set(test, 'pencil', tmp_path/'p', 16)))
-    with pytest.raises(UserError, match='16 test pictures are also used as oracle, unlabelled'): leak.manifest()
+    with pytest.raises(UserError, match='16 test pictures are also used as oracle, unlabelled'): manifest_of(leak)
 
 
 def test_answers_are_found_again_and_made_anew_when_something_changes(toy, monkeypatch, capsys):
@@ -97,25 +100,25 @@ def test_stopped_in_the_middle_goes_on(toy, monkeypatch):
     names = ('source_only', 'grayscale', 'oracle')
     keep = METHODS['oracle'].fit
     monkeypatch.setattr(METHODS['oracle'], 'fit', stop)
-    with pytest.raises(Stop): toy.compare(names)
+    with pytest.raises(Stop): compare_methods(toy, names)
     made = sorted(p.parent.name for p in toy.exp.root.glob('toy/*/answer.json'))
     assert len(made) == 4
     monkeypatch.setattr(METHODS['oracle'], 'fit', keep)
     monkeypatch.setattr(METHODS['source_only'], 'fit', lambda *a: pytest.fail('trained again'))
-    assert len(toy.compare(names)) == 3 * 3 * 3 + 2 * 3
+    assert len(compare_methods(toy, names)) == 3 * 3 * 3 + 2 * 3
 
 
 def test_deterministic_methods_are_asked_once(toy):
-    s = toy.compare(('source_only', 'clip_zero_shot'))
+    s = compare_methods(toy, ('source_only', 'clip_zero_shot'))
     assert s['clip_zero_shot/pencil/accuracy']['n_seeds'] == 1 and s['source_only/pencil/accuracy']['n_seeds'] == 2
-    with pytest.raises(UserError, match='source_only is what the others are compared with'): toy.compare(('adapted',))
+    with pytest.raises(UserError, match='source_only is what the others are compared with'): compare_methods(toy, ('adapted',))
 
 
 def test_summary_is_scikit_learns(toy):
-    s, (_, y) = toy.compare(('source_only', 'adapted')), toy.tests()['pencil']
-    want = [balanced_accuracy_score(y, np.array(toy.answer('adapted', k)['p']['pencil']) > .5) for k in (0, 1)]
+    s, (_, y) = compare_methods(toy, ('source_only', 'adapted')), toy.tests['pencil']
+    want = [balanced_accuracy_score(y, np.array(toy.answer('adapted', k)['p']['pencil']).argmax(1)) for k in (0, 1)]
     assert s['adapted/pencil/balanced_accuracy']['values'] == pytest.approx(want)
-    base = [balanced_accuracy_score(y, np.array(toy.answer('source_only', k)['p']['pencil']) > .5) for k in (0, 1)]
+    base = [balanced_accuracy_score(y, np.array(toy.answer('source_only', k)['p']['pencil']).argmax(1)) for k in (0, 1)]
     assert s['adapted_minus_source_only/pencil/balanced_accuracy']['mean'] == pytest.approx(np.mean(want) - np.mean(base))
     assert closed({f'{m}/t/balanced_accuracy': dict(mean=v) for m, v in dict(source_only=.6, a=.7, oracle=.8).items()}, 'a', 't') == pytest.approx(.5)
 
@@ -127,7 +130,7 @@ def test_recalls_are_balanced_accuracy():
 
 
 def test_a_larger_budget_is_compared_with_its_own_photos(toy):
-    s = toy.compare(('source_only', 'source_only_long', 'adapted_long', 'oracle', 'oracle_long'))
+    s = compare_methods(toy, ('source_only', 'source_only_long', 'adapted_long', 'oracle', 'oracle_long'))
     assert {k.split('/')[0] for k in s if '_minus_' in k} == {f'{m}_minus_source_only' for m in ('source_only_long', 'adapted_long', 'oracle', 'oracle_long')} | {f'{m}_minus_source_only_long' for m in ('adapted_long', 'oracle_long')}
     mean = lambda m: s[f'{m}/pencil/balanced_accuracy']['mean']
     assert s['adapted_long_minus_source_only_long/pencil/balanced_accuracy']['mean'] == pytest.approx(mean('adapted_long') - mean('source_only_long'))

@@ -141,17 +141,40 @@ def test_type_checkers_see_what_is_loaded():
     assert (ROOT / 'diffclip_da/py.typed').exists()
 
 
+def snippets(doc: str) -> list[str]:
+    "Examples that a docstring has between backquotes"
+    return [text for text in re.findall(r'`([^`]+)`', doc) if '(' in text]
+
+
+def bind_calls(snippet: str):
+    "Each call of a public name in a snippet must fit that name's signature"
+    for node in ast.walk(ast.parse(snippet)):
+        if not isinstance(node, ast.Call): continue
+        path = ast.unparse(node.func).split('.')
+        if path[0] not in diffclip_da.__all__ or any(isinstance(a, ast.Starred) for a in node.args): continue
+        target = getattr(diffclip_da, path[0])
+        for part in path[1:]: target = getattr(target, part, None)
+        if callable(target): inspect.signature(target).bind(*node.args, **{k.arg: k.value for k in node.keywords if k.arg})
+
+
 @pytest.mark.parametrize('name', diffclip_da.__all__)
-def test_public_names_are_explained_with_an_example_that_runs(name, tmp_path, monkeypatch):
+def test_public_names_are_explained_with_an_example_that_is_right(name, tmp_path, monkeypatch):
+    "Lines with >>> are run; what stands between backquotes is read, and its calls are checked against the signatures"
     monkeypatch.chdir(tmp_path)
-    doc = inspect.getdoc(getattr(diffclip_da, name))
-    examples = doctest.DocTestParser().get_examples(doc or '')
-    assert examples, f'{name} has no example (a line with >>>) in its docstring'
-    namespace = {n: getattr(diffclip_da, n) for n in diffclip_da.__all__}
-    test = doctest.DocTest(examples, namespace, name, None, None, doc)
+    doc = inspect.getdoc(getattr(diffclip_da, name)) or ''
+    examples, short = doctest.DocTestParser().get_examples(doc), [s for s in snippets(doc) if re.search(rf'\b{name}\b', s)]
+    assert examples or short, f'{name} has no example in its docstring: lines with >>>, or `{name}(...)`'
+    for s in short: bind_calls(s)
+    test = doctest.DocTest(examples, {n: getattr(diffclip_da, n) for n in diffclip_da.__all__}, name, None, None, doc)
     said = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert runner.run(test, out=said.append).failed == 0, ''.join(said)
+
+
+def test_examples_are_read_closely():
+    bind_calls('Walk(t0=400, n=6)')
+    with pytest.raises(TypeError, match='n_steps'): bind_calls('Walk(n_steps=6)')
+    with pytest.raises(TypeError, match='tagret'): bind_calls('Adapter.from_pretrained("shipped", tagret=1)')
 
 
 # names of the first edition

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import diffclip_da.models.identity as identity
 from diffclip_da.core import UserError, new_generator
-from diffclip_da.models.identity import Embedder, FaceNet64, face_input, identity_loss, read_state
+from diffclip_da.models.identity import Embedder, FaceNet64, face_input, identity_loss
+from diffclip_da.store import read_tensors
 from diffclip_da.models.load import load_embedder
 from diffclip_da.workshop.train_embedder import (DistillConfig, auc, distill, jitter, main, pair_auc,
                                                  person_targets, restyle, save_embedder, verification_auc)
@@ -81,7 +82,7 @@ def test_no_code_is_run_from_a_pickle(tmp_path):
     class Evil:
         def __reduce__(self): return (open, (str(tmp_path/'owned'), 'w'))
     torch.save(dict(a=Evil()), tmp_path/'w.pt')
-    with pytest.raises(UserError, match='w.pt .*can run code'): read_state(tmp_path/'w.pt')
+    with pytest.raises(UserError, match='w.pt .*can run code'): read_tensors(tmp_path/'w.pt', flat=True)
     assert not (tmp_path/'owned').exists()
 
 

@@ -50,6 +50,12 @@ def rows_of(name, heading):
 def test_there_are_notebooks(): assert {'00_overview', '05_ddim', '15_experiment'} <= set(NOTEBOOKS)
 
 
+def test_a_notebook_is_named_like_its_module():
+    for name in EXPORTING:
+        module, = (m for s in cells(name, 'code') for m in re.findall(r'^#\| default_exp (\S+)$', s, re.M))
+        assert re.fullmatch(r'\d\d[a-z]?_(\w+)', name)[1] == module.split('.')[-1], name
+
+
 @every_notebook
 def test_short(name):
     size = (ROOT / f'nbs/{name}.ipynb').stat().st_size
@@ -126,10 +132,11 @@ FORMULAS = rows_of('00_overview', 'Each formula of the paper')
 def test_formula_table_points_at_things_that_exist(row):
     assert len(row) == 4, f'a | inside the formula? {row}'
     formula, notebook, function, test = row
-    target = re.fullmatch(r'\[\d\d\]\((\w+)\.ipynb\)', notebook)[1]
-    module, func = re.fullmatch(r'`(\w+)\.(\w+)`', function).groups()
+    target = re.fullmatch(r'\[\d\d[a-z]?\]\((\w+)\.ipynb\)', notebook)[1]
+    module, func = re.fullmatch(r'`([\w.]+)\.(\w+)`', function).groups()
     assert callable(getattr(importlib.import_module(f'diffclip_da.{module}'), func))
-    assert target.split('_', 1)[1] == module and func in {d for s in cells(target, 'code') for d in definitions(s)}
+    assert f'#| default_exp {module}' in cells(target, 'code')
+    assert func in {d for s in cells(target, 'code') for d in definitions(s)}
     file, test_name = re.fullmatch(r'`(\w+)\.(test_\w+)`', test).groups()
     tree = ast.parse((ROOT / f'tests/{file}.py').read_text(encoding='utf-8'))
     assert test_name in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}
@@ -149,4 +156,4 @@ def test_errata_are_where_the_table_says():
 
 @every_notebook
 def test_links_between_notebooks(name):
-    for target in re.findall(r'\]\((\d\d_\w+)\.ipynb\)', '\n'.join(cells(name, 'markdown'))): assert target in NOTEBOOKS
+    for target in re.findall(r'\]\((?:nbs/)?(\d\d[a-z]?_\w+)\.ipynb[)#]', '\n'.join(cells(name, 'markdown'))): assert target in NOTEBOOKS

@@ -20,7 +20,9 @@ from diffclip_da.core import UserError
 from diffclip_da.store import sha256_file
 from diffclip_da.diffusion.ddim import invert, sample, step_pairs
 from diffclip_da.adaptation.finetune import FinetuneConfig, finetune
-from diffclip_da.models.published import BIN_NAME, GuidedUNet, download, fingerprint, guess_size, guided_config, load_folder, load_hub, load_weights, read_checkpoint
+from diffclip_da.models.published import (BIN_NAME, GuidedUNet, checked_sha256, download, guess_size, guided_config,
+                                          load_folder, load_hub, load_weights)
+from diffclip_da.store import read_tensors
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.models.unet import WEIGHTS_NAME, EpsUNet, save_unet
 from diffclip_da.models.load import load_unet
@@ -507,7 +509,7 @@ def test_a_missing_file_and_a_lone_diffusers_file_are_refused(tmp_path):
     plain(tmp_path)
     with pytest.raises(UserError, match='without its config.json: give the folder'): load_unet(tmp_path / WEIGHTS_NAME)
     (tmp_path / 'folder.pt').mkdir()
-    with pytest.raises(UserError, match='no such file'): read_checkpoint(tmp_path / 'folder.pt')
+    with pytest.raises(UserError, match='no such file'): read_tensors(tmp_path / 'folder.pt')
 
 
 def test_bin_weights_in_a_folder_never_run_code(tmp_path):
@@ -575,4 +577,4 @@ def test_a_bad_download_leaves_nothing_behind(tmp_path, server, what, sha256, me
 def test_download_without_a_network_says_what_to_do(tmp_path, server):
     with pytest.raises(UserError, match='cannot download .*Fetch it on a machine with a network and put it at'): download('http://127.0.0.1:9/x.pt', tmp_path / 'x.pt', timeout=2)
     with pytest.raises(UserError, match='no address'): download('file:///etc/passwd', tmp_path / 'x.pt')
-    assert fingerprint(download(f'{server[0]}/w.pt', tmp_path / 'w.pt'))
+    assert checked_sha256(download(f'{server[0]}/w.pt', tmp_path / 'w.pt'))

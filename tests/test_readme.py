@@ -53,7 +53,10 @@ REPLACED = {  # in README's Python: what stands there, what runs here
     'dict(drawn=test))': 'dict(drawn=test), epochs=1)'}
 
 
-def blocks(language: str) -> list[str]: return re.findall(rf'^```{language}\n(.*?)^```', README, re.M | re.S)
+FENCED = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.M | re.S)  # (language, text)
+
+
+def blocks(language: str) -> list[str]: return [text for l, text in FENCED if l == language]
 
 
 def stripped(line: str) -> str:
@@ -65,8 +68,7 @@ def parts(language: str, text: str) -> list[str]: # the whole block, or its comm
     return [text] if language == 'python' else [c for c in map(stripped, text.split('\n')) if c]
 
 
-PARTS = [(language, part) for language, text in re.findall(r'^```(bash|python)\n(.*?)^```', README, re.M | re.S)
-         for part in parts(language, text)]
+PARTS = [(language, part) for language, text in FENCED if language for part in parts(language, text)]
 COMMANDS = [part for language, part in PARTS if language == 'bash']
 MAKE = sorted({c for c in COMMANDS if c.startswith('make ')} | set(re.findall(r'`(make [a-z][^`]*)`', README)))
 
@@ -81,9 +83,9 @@ def test_the_table_knows_every_command():
 
 
 def test_other_languages_are_not_overlooked():
-    assert set(re.findall(r'^```(\w*)', README, re.M)) <= {'bash', 'python', ''}
-    plain = re.findall(r'^```\n(.*?)^```$', README, re.M | re.S)
-    assert not [line for text in plain for line in text.split('\n') if re.match(r'(\.venv|make|python|pip|diffclip)\b', line)]
+    assert {l for l, _ in FENCED} == {'bash', 'python', ''}
+    program = re.compile(r'(\.venv|make|python|pip|diffclip)\b')
+    assert [line for text in blocks('') for line in text.split('\n') if program.match(line)] == []
 
 
 # ---------------------------------------------------------------- the folder of a reader
@@ -213,6 +215,13 @@ def test_what_readme_says_works(reader, k):
     if isinstance(end, Exception): raise end
 
 
+def test_a_command_that_is_refused_is_seen(reader, capsys):
+    for words in ('photos/ --targt x --out y', 'photos/ --out y', 'photos/ --target x --clip ViT-B-61/openai --out y', 'nowhere/ --target x --out y'):
+        with pytest.raises(RuntimeError, match='folder ended with 2'): run_module(console_script('diffclip-adapt'), words.split())
+    with pytest.raises(KeyError): run_command('.venv/bin/diffclip-adapt something new')
+    with pytest.raises(AssertionError): check_parameters('nbs/21_figure3.ipynb out.ipynb -p profile toy -p n_innv 3'.split())
+
+
 def test_what_the_commands_leave_behind(reader):
     reader.up_to(len(PARTS) - 1)
     for out, names in dict(sketches='0 1 2 3', statues='0 1 2 3').items():
@@ -238,7 +247,8 @@ def test_labels_of_three_classes_keep_their_order_on_a_target_that_lacks_one(rea
 # ---------------------------------------------------------------- make
 
 def dry(command: str) -> list[str]:
-    "The lines that make would run"
+    "The lines that make would run; those with $(MAKE) it does run, so there may be none"
+    assert '$(MAKE)' not in (ROOT/'Makefile').read_text()
     words = shlex.split(command.replace('...', 'path'))
     done = subprocess.run([*words, '-n'], cwd=ROOT, capture_output=True, text=True)
     assert not done.returncode, done.stderr
@@ -286,8 +296,7 @@ def names_used(text: str) -> set:
 
 
 def exported_modules() -> set:
-    found = (re.findall(r'#\| default_exp (\S+)', p.read_text(encoding='utf-8')) for p in (ROOT/'nbs').glob('*.ipynb'))
-    return {name.split('\\n')[0].strip('",') for names in found for name in names}
+    return {m for p in (ROOT/'nbs').glob('*.ipynb') for m in re.findall(r'"#\| default_exp ([\w.]+)', p.read_text(encoding='utf-8'))}
 
 
 def modules_in_table() -> list:

@@ -1,7 +1,9 @@
 "Training: learns, resumes bit for bit, refuses what it cannot use"
 import os
+import socket
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,10 +11,10 @@ import torch
 from diffclip_da.models import train
 from diffclip_da.core import UserError
 from diffclip_da.diffusion.schedule import linear_schedule
-from diffclip_da.models.train import NanLoss, TrainConfig, TrainState, main, train_diffusion
+from diffclip_da.models.loop import NanLoss
+from diffclip_da.models.train import TrainConfig, main, train_diffusion
 from diffclip_da.models.unet import tiny_unet
 from diffclip_da.models.load import load_unet
-from test_adapt import free_port
 
 SCHEDULE = linear_schedule()
 CFG = TrainConfig(n_images=32, batch_size=4, warmup=2, checkpoint_every=3) # 8 steps
@@ -52,13 +54,22 @@ def test_nan_stops_with_the_step_and_keeps_the_checkpoint(tmp_path, images, monk
     calls = iter(range(100))
     monkeypatch.setattr(train, 'diffusion_loss', lambda *a, **k: loss(*a, **k) * (float('nan') if next(calls) == 4 else 1))
     with pytest.raises(NanLoss, match='nan at step 5: lower lr'): train_diffusion(tiny_unet(), images, None, SCHEDULE, CFG, tmp_path)
-    s = TrainState(tiny_unet(), CFG); s.load(tmp_path / 'checkpoint.pt')
-    assert s.step == 3 and torch.isfinite(weights(s.model)).all()
+    s = torch.load(tmp_path / 'checkpoint.pt', weights_only=True)
+    assert s['step'] == 3 and all(torch.isfinite(v).all() for v in s['model'].values())
 
 
 def test_other_settings_do_not_silently_continue(tmp_path, images):
     train_diffusion(tiny_unet(), images, None, SCHEDULE, CFG, tmp_path)
-    with pytest.raises(UserError, match=r'other settings \(lr\)'): train_diffusion(tiny_unet(), images, None, SCHEDULE, TrainConfig(**{**CFG.__dict__, 'lr': 1.}), tmp_path)
+    with pytest.raises(UserError, match=r'other settings \(lr\)'): train_diffusion(tiny_unet(), images, None, SCHEDULE, replace(CFG, lr=1.), tmp_path)
+
+
+def test_other_pictures_labels_or_networks_do_not_silently_continue(tmp_path, images):
+    labels, small = torch.arange(12) % 2, lambda **kw: tiny_unet(16, **kw)
+    train_diffusion(small(n_classes=2), images, labels, SCHEDULE, CFG, tmp_path)
+    for what, model, x, y in [('images', small(n_classes=2), images.flip(0), labels), ('labels', small(n_classes=2), images, 1 - labels),
+                              ('images, network', tiny_unet(32, n_classes=2), images.repeat(1, 1, 2, 2), labels), ('labels, network', small(), images, None)]:
+        with pytest.raises(UserError, match=rf'other settings \({what}\).*another output folder'): train_diffusion(model, x, y, SCHEDULE, CFG, tmp_path)
+    with pytest.raises(UserError, match=r'other settings \(start\)'): train_diffusion(small(n_classes=2), images, labels, SCHEDULE, CFG, tmp_path, start='shipped')
 
 
 def test_a_broken_checkpoint_is_named(tmp_path, images):
@@ -87,9 +98,36 @@ def test_command_line_trains_on_a_folder_and_writes_a_model(tmp_path, images, ca
     args = ['--images', str(tmp_path / 'photos'), '--out', str(tmp_path / 'out'), '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu']
     assert main(args) == 0 and 'wrote' in capsys.readouterr().out
     assert load_unet(str(tmp_path / 'out/model')).image_size == 16
+    assert main(args) == 0, 'a finished training is found'
+    (tmp_path / 'photos/0.png').unlink()
+    with pytest.raises(SystemExit) as e: main(args)
+    assert e.value.code == 2 and 'other settings (images)' in capsys.readouterr().err
     for bad, message in [(['--out', 'x'], 'exactly one of --celeba and --images'), (['--images', str(tmp_path / 'none'), '--out', str(tmp_path / 'o2')], str(tmp_path / 'none'))]:
         with pytest.raises(SystemExit) as e: main(bad)
         assert e.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_command_line_learns_the_classes_of_a_folder_per_class(tmp_path, images, capsys):
+    from PIL import Image
+    for i, x in enumerate(images):
+        (tmp_path / f'photos/{"abc"[i % 3]}').mkdir(parents=True, exist_ok=True)
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / f'photos/{"abc"[i % 3]}/{i}.png')
+    args = ['--images', str(tmp_path / 'photos'), '--labels', 'folders', '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu']
+    assert main([*args, '--out', str(tmp_path / 'a')]) == 0
+    assert load_unet(str(tmp_path / 'a/model')).n_classes == 3
+    assert main([*args, '--out', str(tmp_path / 'b'), '--init', str(tmp_path / 'a/model')]) == 0
+    for more, message in [(['--init', str(tmp_path / 'a/model'), '--v'], '3 classes, predicting noise; asked for is one of 16 px, 3 classes, predicting v'), (['--init', 'shipped'], 'shipped is a network of 64 px')]:
+        with pytest.raises(SystemExit) as e: main([*args, '--out', str(tmp_path / 'c'), *more])
+        assert e.value.code == 2 and message in capsys.readouterr().err
+    assert not (tmp_path / 'c').exists()
+
+
+def test_bfloat16_that_would_be_slow_is_answered_by_a_line(tmp_path, images, monkeypatch, capsys):
+    from PIL import Image
+    (tmp_path / 'photos').mkdir(); Image.fromarray(images[0].permute(1, 2, 0).numpy()).save(tmp_path / 'photos/a.png')
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', dict)
+    assert main(['--images', str(tmp_path / 'photos'), '--out', str(tmp_path / 'out'), '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu', '--bf16']) == 0
+    assert 'computing in float32' in capsys.readouterr().out and torch.load(tmp_path / 'out/checkpoint.pt')['settings']['bf16'] is False
 
 
 TWO = '''
@@ -103,6 +141,10 @@ cfg = TrainConfig(n_images=40, batch_size=int(sys.argv[2]), warmup=2, checkpoint
 model, history = train_diffusion(tiny_unet(16, n_classes=2), images, labels, linear_schedule(), cfg, sys.argv[1])
 print(len(history))
 '''
+
+
+def free_port():
+    with socket.socket() as s: s.bind(('127.0.0.1', 0)); return s.getsockname()[1]
 
 
 def launch(script, world, *args):
@@ -120,7 +162,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
     one, two = (torch.load(tmp_path/d/'checkpoint.pt', weights_only=True) for d in '12')
     assert one['step'] == two['step'] == 5
     torch.testing.assert_close(one['history'], two['history'], rtol=1e-4, atol=1e-6)
-    for k, v in one['ema'].items(): torch.testing.assert_close(v, two['ema'][k], rtol=1e-2, atol=2e-4)
+    for k, v in one['average'].items(): torch.testing.assert_close(v, two['average'][k], rtol=1e-2, atol=2e-4)
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):

@@ -126,8 +126,8 @@ def test_a_folder_saved_by_diffusers_loads(tmp_path, x):
 
 
 @pytest.mark.parametrize('spoil, message', [
-    (lambda d: (d / WEIGHTS_NAME).write_bytes(b'<!DOCTYPE html><title>Quota exceeded'), 'not a readable safetensors file'),
-    (lambda d: (d / WEIGHTS_NAME).write_bytes((d / WEIGHTS_NAME).read_bytes()[:-100]), 'not a readable safetensors file'),
+    (lambda d: (d / WEIGHTS_NAME).write_bytes(b'<!DOCTYPE html><title>Quota exceeded'), 'is a web page'),
+    (lambda d: (d / WEIGHTS_NAME).write_bytes((d / WEIGHTS_NAME).read_bytes()[:-100]), 'cut short or damaged'),
     (lambda d: (d / WEIGHTS_NAME).unlink(), 'is missing'),
     (lambda d: (d / 'config.json').unlink(), 'is missing'),
     (lambda d: (d / 'config.json').write_text('{"sample_size": '), 'config.json'),

@@ -7,7 +7,7 @@ __all__ = ['OUT_OF_MEMORY', 'Compute', 'describe_run', 'file_names', 'Run', 'Bat
            'transform', 'load_adapted', 'Adapter', 'save_adapter', 'load_adapter']
 
 # %% ../../nbs/13_adapter.ipynb #03b067ac
-import copy, io, os, re, shutil, tempfile
+import copy, io, os, re, shutil, tempfile, weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,7 +17,8 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 import torch
 
-from .finetune import Recipe, device_of, finetune, finetune_key, recipe_for
+from .finetune import (FinetuneLoss, Recipe, device_of, finetune, finetune_key,
+                                             recipe_for)
 from ..core import (UserError, fold_seed, in_dtype, local_device, new_generator, processes,
                               progress, to_pil)
 from ..data import IMAGE_SUFFIXES, ImageSet, Store
@@ -273,7 +274,7 @@ class Adapter:
         self.size = size or getattr(unet, 'image_size', None)
         if self.size is None: raise UserError('this network does not tell its image size: give size=')
         self.tuned = self.history = self.recipe = self.source = self.target = None
-        self._temporary = None
+        self.named = {}   # role -> what a saved adapter says of a network that it does not hold
 
     @classmethod
     def from_pretrained(cls, unet='shipped', guide='shipped', embedder='shipped', # names, folders, hub ids or modules
@@ -291,11 +292,20 @@ class Adapter:
     def models(self) -> dict: # role -> name, sha256, provenance
         "What the networks are, for records."
         roles = dict(unet=self.unet, clip=self.guide, identity=self.embedder)
-        return {k: getattr(m, 'info', None) for k, m in roles.items()}
+        return {k: getattr(m, 'info', None) or self.named.get(k) for k, m in roles.items()}
 
     def default_recipe(self) -> Recipe:
         "The recipe that suits this U-Net."
         return recipe_for((getattr(self.unet, 'info', None) or {}).get('provenance'))
+
+    def check(self, target: str | None = None, source: str = 'photo', recipe: Recipe | None = None) -> 'Adapter':
+        "`self`, or `UserError` for a walk, settings or words that cannot work; nothing is computed yet."
+        self.walk.check(self.schedule)
+        self.compute.check()
+        if target is not None:
+            how = self._how(target, source, (recipe or self.default_recipe()).check(source, target))
+            FinetuneLoss(how['guide'], how['embedder'], source, target, how['recipe'])   # reads the words
+        return self
 
     def choose(self, images: ImageSet, recipe: Recipe) -> torch.Tensor: # [n, 3, size, size]
         "The images to tune on, drawn at random; labels are not looked at."
@@ -341,11 +351,11 @@ class Adapter:
                   cache=None, **cond) -> ImageSet:  # see the function `transform`
         "The images in the other domain, same ids and labels."
         if self.tuned is None: raise UserError('this adapter is not fitted: call fit(images, target=...) or load a saved one')
-        if out is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix='diffclip-')
-            out = self._temporary.name
-        return transform(images, self.unet, self.tuned, self.schedule, self.walk, self.compute, self.size,
-                         out, cache, **cond)
+        folder = tempfile.mkdtemp(prefix='diffclip-') if out is None else out
+        adapted = transform(images, self.unet, self.tuned, self.schedule, self.walk, self.compute, self.size,
+                            folder, cache, **cond)
+        if out is None: weakref.finalize(adapted.store, shutil.rmtree, folder, ignore_errors=True)
+        return adapted
 
     def save(self, folder) -> Path:
         "Keep networks and settings in `folder`, see `save_adapter`."
@@ -396,7 +406,7 @@ def load_adapter(folder, device=None) -> Adapter: # None: the best device there 
         new.tuned = load_unet(path.with_name('tuned'), device)
         new.source, new.target = said['source'], said['target']
         new.recipe = said['recipe'] and Recipe(**said['recipe'])
-        new.unet.info, new.tuned.info = said['models']['unet'], said['tuned']
+        new.unet.info, new.tuned.info, new.named = said['models']['unet'], said['tuned'], said['models']
     except (KeyError, TypeError) as e:
         raise UserError(f'{path} is not as Adapter.save wrote it ({e}); save the adapter again') from None
     return new

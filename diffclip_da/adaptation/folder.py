@@ -164,7 +164,7 @@ def adapt_with(o: Options) -> ImageSet: # the adapted images, same ids and label
     check_words(o)
     out, (rank, _, _) = Path(o.out), processes()
     images, bad = check_images(image_folder(o.folder, o.labels, None if o.align else 'center'), o.skip_bad)
-    adapter = open_adapter(o)
+    adapter = open_adapter(o).check(o.target, o.source, o.recipe)
     if o.align:
         images, faces = align_faces(images, out/'.diffclip'/'aligned', adapter.size)
         bad.update({i: 'no face was found' for i in faces.id[~faces.found]})

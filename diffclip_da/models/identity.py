@@ -4,21 +4,20 @@
 
 # %% auto #0
 __all__ = ['FACE_BOX', 'FACENET_FILES', 'FACENET_URL', 'FACENET_SCALE', 'Embedder', 'check_face_box', 'face_input', 'conv_bn',
-           'ResBlock', 'FaceNet64', 'read_state', 'fit_state', 'facenet', 'facenet_file', 'conv6', 'InvertedResidual',
-           'MobileFaceNet', 'load_teacher', 'identity_loss']
+           'ResBlock', 'FaceNet64', 'fit_state', 'facenet', 'facenet_file', 'conv6', 'InvertedResidual',
+           'MobileFaceNet', 'load_teacher', 'identity_loss', 'embed_all', 'frechet_distance']
 
 # %% ../../nbs/11_identity.ipynb #3fe0efbc
-import os, pickle
+import os
 from pathlib import Path
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import UserError
-from ..store import sha256_file
+from ..core import UserError, progress
+from ..store import read_tensors, sha256_file
 
 # %% ../../nbs/11_identity.ipynb #6f64a733
 class Embedder(nn.Module):
@@ -93,27 +92,8 @@ class FaceNet64(nn.Module):
 
     def forward(self, x): return self.head(self.pool(self.body(F.relu(self.stem(F.pixel_unshuffle(x, 2)))))).flatten(1)
 
-# %% ../../nbs/11_identity.ipynb #f4b75d9a
-def read_state(path) -> dict: # name -> tensor
-    "The state dict in a `.safetensors` file or a PyTorch file; tensors only, never code. `UserError` names the file and the mend."
-    path = Path(path)
-    if not path.is_file(): raise UserError(f'{path}: no such file; give the path of a weights file (.pt, .pth or .safetensors)')
-    with open(path, 'rb') as f: head = f.read(512).lstrip().lower()
-    if head.startswith((b'<!doctype', b'<html', b'<?xml')): raise UserError(f'{path} is a web page, not a weights file: the download link served an error or a quota page; fetch it again')
-    try:
-        if path.suffix == '.safetensors': return load_file(path)
-        state = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError:
-        raise UserError(f'{path} holds something else than plain tensors, or is damaged; it is not opened, because a pickle can run code. '
-                        'Fetch it again, or save only its state_dict()') from None
-    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as e:
-        raise UserError(f'{path} cannot be read ({(str(e) or "nothing in it").splitlines()[0][:120]}); it is cut short or damaged: fetch it again') from None
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f'{path} is not a state dict (names -> tensors); save model.state_dict()')
-    return state
-
 # %% ../../nbs/11_identity.ipynb #5b9b448c
-def fit_state(net, state:dict, path, what:str): # module; from `read_state`; the file and the network's name, for the message
+def fit_state(net, state:dict, path, what:str): # module; from `read_tensors`; the file and the network's name, for the message
     "Load `state` into `net`; `UserError` if names or shapes differ."
     want = net.state_dict()
     missing = [k for k in want if k not in state and not k.endswith('num_batches_tracked')]
@@ -136,7 +116,7 @@ def facenet(spec:str, # 'vggface2', 'casia-webface', or the path of such a weigh
     from facenet_pytorch import InceptionResnetV1
     path = facenet_file(spec) if spec in FACENET_FILES else Path(spec)
     # the classifier on top (8,631 or 10,575 people) is in the file and of no use here
-    state = {k: v for k, v in read_state(path).items() if not k.startswith('logits.')}
+    state = {k: v for k, v in read_tensors(path, flat=True).items() if not k.startswith('logits.')}
     return fit_state(InceptionResnetV1(), state, path, "facenet-pytorch's InceptionResnetV1"), sha256_file(path)
 
 # %% ../../nbs/11_identity.ipynb #31ec33ec
@@ -204,7 +184,7 @@ class MobileFaceNet(nn.Module):
 def load_teacher(path, # MobileFaceNet's state dict, .pt
                  face_box=FACE_BOX, device='cpu') -> Embedder:
     "MobileFaceNet as an `Embedder`: images in the library's crop, any size, 148 px and more give its best."
-    net = fit_state(MobileFaceNet(), read_state(path), path, 'MobileFaceNet')
+    net = fit_state(MobileFaceNet(), read_tensors(path, flat=True), path, 'MobileFaceNet')
     info = dict(name=f'mobilefacenet/{Path(path).name}', sha256=sha256_file(path), provenance='published')
     return Embedder(net, 112, info, face_box).to(device)
 
@@ -217,3 +197,28 @@ def identity_loss(embedder, # an `Embedder`, or anything with `embed`
     if x_gen.shape != x_ref.shape: raise UserError(f'x_gen and x_ref must have the same shape, got {list(x_gen.shape)} and {list(x_ref.shape)}')
     with torch.no_grad(): ref = embedder.embed(x_ref)
     return (1 - F.cosine_similarity(embedder.embed(x_gen), ref)).mean()
+
+# %% ../../nbs/11_identity.ipynb #11a00002
+@torch.inference_mode()
+def embed_all(encode,        # an `Embedder`, or a function [b, 3, h, w] -> [b, d] such as `clip.encode_image`
+              images,        # [n, 3, h, w] in [-1, 1], or an `ImageSet`
+              batch_size: int = 64,
+              size: int = 64, # pixels at which an `ImageSet` is read
+             ) -> np.ndarray: # [n, d], in the order of the images
+    "Features of many images."
+    encode = getattr(encode, 'embed', encode)
+    if isinstance(images, torch.Tensor): n, batches = len(images), images.split(batch_size)
+    else: n, batches = len(images), (x for _, x in images.batches(size, batch_size))
+    return torch.cat([encode(x).cpu() for x in progress(batches, 'features', -(-n // batch_size))]).numpy()
+
+# %% ../../nbs/11_identity.ipynb #11a00004
+def frechet_distance(a, b, # features [n, d] and [m, d]; n and m above d for a meaningful covariance
+                    ) -> float:
+    "Squared Fréchet distance of the two Gaussians fitted to the features."
+    from torchmetrics.image.fid import FrechetInceptionDistance # takes seconds to import
+    as_given = nn.Identity()
+    as_given.num_features = a.shape[1]
+    fid = FrechetInceptionDistance(as_given)
+    fid.update(torch.as_tensor(a).double(), real=True)
+    fid.update(torch.as_tensor(b).double(), real=False)
+    return fid.compute().item()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['toy_models', 'load_unet', 'load_guide', 'load_embedder']
 
-# %% ../../nbs/07c_load.ipynb #13c714ce
+# %% ../../nbs/07c_load.ipynb #ba762181
 import difflib
 import re
 from pathlib import Path
@@ -17,11 +17,11 @@ from torch import nn
 from ..core import UserError
 from .clip import Clip, ClipEnsemble, named_clip, read_clip
 from .identity import (FACE_BOX, FACENET_SCALE, Embedder, FaceNet64, facenet,
-                                         fit_state, load_teacher, read_state)
+                                         fit_state, load_teacher)
 from .published import (SUFFIXES, GuidedUNet, load_folder, load_hub,
                                           load_weights)
 from .unet import WEIGHTS_NAME, EpsUNet, read_unet, tiny_unet
-from ..store import asset_dir, asset_file, load_card, sha256_file, state_hash
+from ..store import asset_dir, asset_file, load_card, read_tensors, sha256_file, state_hash
 
 # %% ../../nbs/07c_load.ipynb #13c47935
 def toy_models(size: int = 16) -> tuple: # (EpsUNet, Clip, Embedder)
@@ -88,7 +88,7 @@ def load_guide(spec='shipped',               # see the table; several joined by 
                           "open_clip.list_models(), NAME/TAG, or several of these joined by '+'")
     return clip.to(device)
 
-# %% ../../nbs/07c_load.ipynb #93107416
+# %% ../../nbs/07c_load.ipynb #79b2528b
 def load_embedder(name='shipped', # see the table
                   device='cpu',
                   face_box=None,  # (left, top, right, bottom), parts of the sides; None: `FACE_BOX`, for facenet the whole picture
@@ -105,7 +105,7 @@ def load_embedder(name='shipped', # see the table
         info = dict(name=load_card('embedder').get('name', 'facenet64'), provenance='shipped')
     elif Path(name).suffix in ('.safetensors', '.pt', '.pth'): path, info = Path(name), dict(name=Path(name).name, provenance='published')
     else: raise UserError(f"no embedder {name!r}; use 'shipped', 'facenet:vggface2', 'facenet:/path/file.pt' or the path of a .safetensors file")
-    state = read_state(path)
+    state = read_tensors(path, flat=True)
     if 'dw_conv.depthwise.weight' in state: return load_teacher(path, face_box or FACE_BOX, device)
     net = fit_state(FaceNet64(), state, path, 'FaceNet64')
     return Embedder(net, 64, dict(info, sha256=sha256_file(path)), face_box or FACE_BOX).to(device)

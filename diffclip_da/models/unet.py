@@ -13,11 +13,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from diffusers import UNet2DModel
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save as safetensors_bytes
+from safetensors.torch import save as safetensors_bytes
 
 from ..core import UserError
-from ..store import atomic_write, read_json, sha256_file, write_json
+from ..store import atomic_write, read_json, read_tensors, sha256_file, write_json
 from ..diffusion.schedule import Schedule, linear_schedule, match_like
 
 # %% ../../nbs/07_unet.ipynb #8bc34fa0
@@ -127,7 +126,7 @@ def read_unet(folder,         # that `save_unet` wrote, or diffusers' `save_pret
         if not p.exists(): raise UserError(f'{p} is missing: {folder} should hold config.json and {WEIGHTS_NAME}, '
                                            'as UNet2DModel.save_pretrained writes them')
     said, extra = read_json(config), read_json(own) if own.exists() else {}
-    state = _read_state(weights)
+    state = read_tensors(weights, flat=True)
     unet = networks.get(said.get('_class_name'), UNet2DModel).from_config(said)
     try: unet.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e:
@@ -135,9 +134,3 @@ def read_unet(folder,         # that `save_unet` wrote, or diffusers' `save_pret
     v_schedule = V_SCHEDULES[extra.pop('v_schedule', None)]
     info = dict(name=folder.name, sha256=sha256_file(weights), provenance='published')
     return EpsUNet(unet, **extra, v_schedule=v_schedule, info=info)
-
-def _read_state(path: Path) -> dict:
-    "Tensors of a safetensors file, or an error that names it"
-    try: return load_file(path)
-    except (SafetensorError, OSError) as e:
-        raise UserError(f'{path} is not a readable safetensors file ({e}): it is truncated, or a web page saved under that name; fetch it again') from e

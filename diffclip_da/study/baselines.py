@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['METHODS', 'STRONG', 'LONGER', 'ROWS', 'Task', 'Method', 'method', 'cnn', 'together', 'majority', 'to_grey',
            'sobel_edges', 'half', 'half_edges', 'strongly', 'standardised', 'reframed', 'moved_and_recoloured',
-           'same_budget', 'Row', 'long_row', 'adain', 'style_transfer', 'NormCNN', 'batch_norms', 'adapt_norms',
-           'entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss', 'ReverseGradient',
-           'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot', 'clip_linear_probe',
-           'adapted_linear_probe', 'latent_augmentation', 'move_features']
+           'same_budget', 'Row', 'entered', 'long_row', 'adain', 'style_transfer', 'NormCNN', 'batch_norms',
+           'adapt_norms', 'entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss',
+           'ReverseGradient', 'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot',
+           'clip_linear_probe', 'adapted_linear_probe', 'latent_augmentation', 'move_features']
 
-# %% ../../nbs/15b_baselines.ipynb #aae008a5
+# %% ../../nbs/15b_baselines.ipynb #303e6aff
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -27,7 +27,7 @@ from torchvision.transforms import v2
 from .classify import (PaperCNN, Training, as_logits, check_labelled, predict, selected_epoch,
                                         train_classifier)
 from ..models.clip import zero_shot
-from ..core import in_dtype, new_generator, progress
+from ..core import fold_seed, in_dtype, new_generator, progress
 from ..adaptation.losses import text_direction
 
 # %% ../../nbs/15b_baselines.ipynb #b21e876f
@@ -152,7 +152,7 @@ def same_budget(m:str, other:str) -> str: # keys of `METHODS`
     "The row `other` by the budget of `m`."
     return f'{other}_long' if m.endswith('_long') else other
 
-# %% ../../nbs/15b_baselines.ipynb #3bd52344
+# %% ../../nbs/15b_baselines.ipynb #100778ce
 @dataclass(frozen=True)
 class Row:
     "The paper's network trained on some sets of a `Task`, in one way."
@@ -170,13 +170,11 @@ class Row:
         if self.selected: epochs = selected_epoch(cnn(task, train, seed, measured=('valid',), epochs=epochs, **how)[1])
         return cnn(task, train, seed, tests, epochs=epochs, **how)
 
-    def method(self) -> Method:
-        code = tuple(f for f in (Row, self.augment, self.before) if f)
-        settings = dict(sets=self.sets, budget=self.budget, selected=self.selected)
-        return Method(self.fit, self.sees, True, self.doc, code, settings)
-
-    @property
-    def sees(self) -> tuple: return self.sets if 'oracle' in self.sets else tuple(dict.fromkeys(('source', *self.sets)))
+def entered(row:Row) -> Method:
+    "A row as a method."
+    code = tuple(f for f in (Row.fit, row.augment, row.before) if f)
+    settings = dict(sets=row.sets, budget=row.budget, selected=row.selected)
+    return Method(row.fit, row.sets, True, row.doc, code, settings)
 
 def long_row(*sets:str, doc:str) -> Row:
     "A row of the larger budget."
@@ -214,7 +212,7 @@ ROWS = dict(
     source_and_adapted_long=long_row('source', 'adapted', doc='photos and adapted photos together'),
     oracle_long=long_row('oracle', doc='labelled pictures of the target domain'))
 
-METHODS.update({name: row.method() for name, row in ROWS.items()})
+METHODS.update({name: entered(row) for name, row in ROWS.items()})
 
 # %% ../../nbs/15b_baselines.ipynb #13d5e42e
 def adain(x, style): # [b, 3, h, w], twice
@@ -294,7 +292,7 @@ def tent(task, seed, tests=None):
     net = adapt_norms(net, task.target)
     return lambda x: predict(net, x), None
 
-# %% ../../nbs/15b_baselines.ipynb #d5d99bef
+# %% ../../nbs/15b_baselines.ipynb #cb3eeb0b
 def coral_loss(a, b): # features [n, d], [m, d]
     "Squared Frobenius distance of the covariances, over 4 d^2."
     return (torch.cov(a.T) - torch.cov(b.T)).square().sum() / (4 * a.shape[1]**2)
@@ -334,7 +332,7 @@ def coral(task, seed, tests=None):
 def dann(task, seed, tests=None):
     "DANN: features from which a second network cannot tell photos from target pictures"
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1000 + seed)
+        torch.manual_seed(fold_seed(seed, 'domain'))
         guess = nn.Sequential(nn.Linear(512, 128), nn.ReLU(), nn.Linear(128, 1))
     def penalty(f, g, p):
         z = guess(ReverseGradient.apply(torch.cat([f, g]), 2 / (1 + np.exp(-10 * p)) - 1)).squeeze(1)

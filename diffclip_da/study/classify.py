@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from sklearn.metrics import accuracy_score, recall_score, roc_auc_score
 from torch import nn
 
-from ..core import DTYPES, UserError, in_dtype, new_generator, progress
+from ..core import DTYPES, UserError, fold_seed, in_dtype, new_generator, progress
 
 # %% ../../nbs/14_classify.ipynb #2081932e
 def as_logits(z:torch.Tensor # outputs [b, 1] or [b, K]
@@ -229,7 +229,7 @@ def train_classifier(train:tuple, tests:dict, valid:tuple|None=None, # (x, y); n
     opt, generator, rows = torch.optim.Adam(net.parameters(), lr=t.lr), new_generator(seed), []
     for epoch in progress(range(1, t.epochs + 1), desc=desc or f'classifier, seed {seed}'):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed * 1000 + epoch)   # dropout draws from the global generator
+            torch.manual_seed(fold_seed(seed, 'epoch', epoch))   # dropout draws from the global generator
             train_epoch(net, x, y, opt, t.batch_size, generator, augment, device, f'epoch {epoch}', t.dtype)
         rows += [dict(epoch=epoch, split=name, **evaluate(net, *s, device))
                  for name, s in sets.items() if measured is None or name in measured]

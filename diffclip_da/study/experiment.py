@@ -18,7 +18,7 @@ import torch
 
 from ..adaptation.adapter import Adapter
 from ..core import UserError, command, default_device, friendly_exit, progress
-from ..data import DATASET_WORDS, ImageSet, check_splits, repo_root
+from ..data import DATASETS, ImageSet, check_splits, repo_root
 from ..models.clip import zero_shot
 from ..settings import differing
 from ..store import canonical_hash, code_hash, read_json, stage, versions, write_json
@@ -133,7 +133,7 @@ def caption(exp: Experiment, how: str) -> str: # what the lines or pictures are
     nets = '; '.join(f'{role} {say(w)}' for role, w in exp.weights.items())
     p, v = exp.profile, versions()
     counts = ', '.join(f'{len(s):,} {name}' for name, s in exp.splits.items())
-    return (f"{nets}\n{DATASET_WORDS.get(p.dataset, p.dataset)} at {p.size} px: {counts}; {how}; "
+    return (f"{nets}\n{DATASETS[p.dataset].title} at {p.size} px: {counts}; {how}; "
             f"diffclip_da {v['diffclip_da']}, torch {v['torch']}")
 
 def describe_sets(sets: dict) -> dict: # split -> labelled `ImageSet`
@@ -150,7 +150,7 @@ def majority_share(exp: Experiment) -> float:
 def experiment_record(exp: Experiment, figure: str, numbers: dict, summary: dict, tolerance: dict) -> dict:
     "A figure's record, with the seconds that each stage took where it was made."
     p = exp.profile
-    data = dict(name=DATASET_WORDS.get(p.dataset, p.dataset), classes=exp.splits['train'].classes, **describe_sets(exp.splits))
+    data = dict(name=DATASETS[p.dataset].title, classes=exp.splits['train'].classes, **describe_sets(exp.splits))
     r = make_record(figure, p.name, p, p.seeds, exp.weights, data, numbers, summary, tolerance)
     return dict(r, device=str(exp.device), seconds=dict(exp.seconds))
 

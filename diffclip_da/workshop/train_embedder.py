@@ -20,10 +20,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import UserError, friendly_exit, from_uint8, new_generator, progress, to_uint8
-from ..store import atomic_write, canonical_hash, read_json, sha256_file, write_json
+from ..store import atomic_write, canonical_hash, read_json, read_tensors, sha256_file, write_json
 from ..data import celeba, fs2k
-from ..models.identity import (FACE_BOX, Embedder, FaceNet64, face_input, fit_state, load_teacher,
-                                         read_state)
+from ..models.identity import (FACE_BOX, Embedder, FaceNet64, face_input, fit_state, load_teacher)
 from ..adaptation.losses import cosine_loss
 from ..styles import STYLES, to_array
 
@@ -245,7 +244,7 @@ def main(argv=None):
     p.add_argument('--init', type=Path, help='weights of an earlier run to go on from')
     a = p.parse_args(argv)
     cfg = DistillConfig(**{k: getattr(a, k) for k in ('n_images', 'lr', 'seed', 'photo', 'jitter')}, **(dict(face_box=None) if a.whole else {}))
-    init, train, test = read_state(a.init) if a.init else None, celeba(a.celeba, 'train'), celeba(a.celeba, 'test')
+    init, train, test = read_tensors(a.init, flat=True) if a.init else None, celeba(a.celeba, 'train'), celeba(a.celeba, 'test')
     teacher = load_teacher(a.teacher, device=a.device)
     targets = cached_array(a.out/'teacher.npy', lambda: embed_set(teacher, train, 148).numpy())
     images = torch.from_numpy(cached_array(a.out/'images.npy', lambda: torch.cat([to_uint8(x) for _, x in train.batches(64, 256)]).numpy()))
@@ -258,7 +257,7 @@ def finish(net, run, teacher, train, test, fs2k_root, out, before=None):
     "Save, measure what was saved, write the card."
     sha = save_embedder(net, out)
     path = Path(out)/'embedder.safetensors'
-    saved = fit_state(FaceNet64(run.cfg.widths, run.cfg.depths), read_state(path), path, 'FaceNet64')
+    saved = fit_state(FaceNet64(run.cfg.widths, run.cfg.depths), read_tensors(path, flat=True), path, 'FaceNet64')
     pairs = [fs2k(fs2k_root, 'train', k) for k in ('photo', 'sketch')] if fs2k_root else []
     measured = measure(Embedder(saved, 64, dict(name='facenet64', sha256=sha, provenance='shipped'), run.cfg.face_box), test, *pairs)
     data = dict(train=f'CelebA train partition, {len(train):,} pictures, {len(set(train.identity.values())):,} people', test=f'CelebA test partition, {len(test):,} pictures',

@@ -1,4 +1,4 @@
-"Adapting a data set: kill and resume, keys, processes, memory, the command line; tiny random networks."
+"Adapting a data set: kill and resume, keys, processes, memory, conditions, saved adapters; tiny random networks."
 import copy, json, os, shutil, subprocess, sys, textwrap
 from dataclasses import replace
 from pathlib import Path
@@ -8,20 +8,25 @@ import pytest
 import torch
 from PIL import Image
 
-import diffclip_da.adaptation.adapt as A
-from diffclip_da.adaptation.adapt import SHIPPED_RECIPE, AdaptConfig, Batches, adapt, adapt_folder, check_images, fast, file_names, load_adapted, main, recipe
-from diffclip_da.core import UserError, new_generator
-from diffclip_da.store import sha256_file
+import diffclip_da.adaptation.adapter as A
+from diffclip_da.adaptation.adapter import Adapter, Batches, Compute, fast, file_names, load_adapted, transform
+from diffclip_da.adaptation.finetune import CAREFUL
+from diffclip_da.core import UserError, new_generator, to_uint8
 from diffclip_da.data import image_folder
-from diffclip_da.study.experiment import PROFILES
-from diffclip_da.adaptation.finetune import FinetuneConfig
-from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.diffusion.schedule import cosine_schedule, linear_schedule
+from diffclip_da.diffusion.walk import Walk
+from diffclip_da.models.load import load_guide
 from diffclip_da.models.unet import save_unet, tiny_unet
-from test_finetune import Net, clip_folder
+from diffclip_da.store import sha256_file
+from test_finetune import Face, Net, clip_folder
 
 schedule = linear_schedule()
-cfg = AdaptConfig(t0=300, n_inv=3, n_gen=2, size=16, batch_size=2, shard_size=3)
+walk, cfg = Walk(t0=300, n_inv=3, n_gen=2, inversion='ddim'), Compute(batch_size=2, shard_size=3)
 
+
+def adapt(images, unet, tuned, cfg, schedule, out, cache=None, walk=walk, size=16, **cond):
+    "`transform` with this file's walk and size."
+    return transform(images, unet, tuned, schedule, walk, cfg, size, out, cache, **cond)
 
 def make_photos(folder, n=7):
     "Smooth pictures of odd sizes, in two folders, of three file types; labels.csv beside the folder."
@@ -85,12 +90,11 @@ def test_unlabelled_images_and_one_image(tmp_path, photos, unet, tuned):
     assert pd.read_csv(tmp_path/'out/manifest.csv').label.isna().all()
 
 def test_what_the_arithmetic_is(tmp_path, images, unet, tuned):
-    "One image, by the two sampler calls that `adapt` promises."
-    from diffclip_da.core import to_uint8
+    "One image, by the two sampler calls that `transform` promises."
     from diffclip_da.diffusion.ddim import invert, sample, step_pairs
     one = images.subset(['b/4.jpg'])
     for which, inverter in (('pretrained', unet), ('finetuned', tuned)):
-        got = adapt(one, unet, tuned, replace(cfg, inversion_model=which), schedule, tmp_path/which)
+        got = adapt(one, unet, tuned, cfg, schedule, tmp_path/which, walk=replace(walk, inverter=which))
         with torch.no_grad():
             x0 = one.tensor(one.ids, 16)
             z = invert(inverter, x0, step_pairs(300, 3), schedule)
@@ -104,7 +108,7 @@ KILLS = '''
     from pathlib import Path
     import torch; torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
-    from test_adapt import *
+    from test_adapter import *
     photos, root = sys.argv[2], Path(sys.argv[3])
     unet = Net(); tuned = tuned_like(unet)
 
@@ -129,7 +133,7 @@ KILLS = '''
         status = os.waitpid(pid, 0)[1]
         return os.WTERMSIG(status) or os.WEXITSTATUS(status) * 100, int.from_bytes(os.read(r, 1), 'big')
 
-    A.code_hash()   # read once: forks inherit it
+    A.describe_run(image_folder(photos), unet, tuned, schedule, walk, cfg, 16)   # code is read once: forks inherit it
     status, n = child(root/'straight', 0, True)
     assert status == 0, status
     want = tree(root/'straight')
@@ -155,7 +159,7 @@ def test_killed_at_any_write_the_same_command_ends_in_the_same_bytes(tmp_path, p
 TWO = '''
     import sys; sys.path.insert(0, sys.argv[1])
     import torch; torch.set_num_threads(1)
-    from test_adapt import *
+    from test_adapter import *
     from pathlib import Path
     unet = Net()
     got = adapt(image_folder(sys.argv[2], Path(sys.argv[2]).parent/'labels.csv'), unet, tuned_like(unet), cfg, schedule, sys.argv[3])
@@ -185,13 +189,13 @@ def test_two_processes_make_the_bytes_of_one(tmp_path, photos, reference):
 class Stop(BaseException): pass
 
 def test_stopped_in_the_middle_of_the_arithmetic(tmp_path, monkeypatch, images, unet, tuned, reference):
-    real, calls = A.sample, []
+    real, calls = Walk.generate, []
     def stopping(*a, **k):
         calls.append(1)
         if len(calls) == 3: raise Stop
         return real(*a, **k)
     with monkeypatch.context() as m:
-        m.setattr(A, 'sample', stopping)
+        m.setattr(Walk, 'generate', stopping)
         with pytest.raises(Stop): adapt(images, unet, tuned, cfg, schedule, tmp_path/'out')
     assert not (tmp_path/'out/manifest.csv').exists() and (tmp_path/'out/shards/00000.json').exists()
     with pytest.raises(UserError, match='not finished'): load_adapted(tmp_path/'out', images)
@@ -200,7 +204,7 @@ def test_stopped_in_the_middle_of_the_arithmetic(tmp_path, monkeypatch, images, 
 
 def test_a_finished_run_computes_nothing(tmp_path, monkeypatch, images, unet, tuned, reference):
     shutil.copytree(reference, tmp_path/'out')
-    for name in ('sample', 'invert'): monkeypatch.setattr(A, name, None)
+    for name in ('generate', 'invert'): monkeypatch.setattr(Walk, name, None)
     adapt(images, unet, tuned, cfg, schedule, tmp_path/'out')
     assert tree(tmp_path/'out') == tree(reference)
 
@@ -217,12 +221,13 @@ def test_damaged_or_missing_pictures_and_latents_are_made_again(tmp_path, images
 @pytest.mark.parametrize('what, words', [('size', 'size'), ('n_gen', 'n_gen'), ('model', 'finetuned'), ('images', 'images'), ('labels', 'labels')])
 def test_another_run_in_the_same_folder_is_refused(what, words, tmp_path, photos, images, unet, tuned, reference):
     out, before = reference, tree(reference)
-    args = [images, unet, tuned, cfg, schedule]
+    args, kw = [images, unet, tuned, cfg, schedule], {}
     if what == 'model': args[2] = unet
     elif what == 'images': args[0] = images.subset(images.ids[1:])
     elif what == 'labels': args[0] = image_folder(photos)
-    else: args[3] = replace(cfg, **{what: 8 if what == 'size' else 3})
-    with pytest.raises(UserError) as e: adapt(*args, out)
+    elif what == 'size': kw = dict(size=8)
+    else: kw = dict(walk=replace(walk, n_gen=3))
+    with pytest.raises(UserError) as e: adapt(*args, out, **kw)
     assert str(out) in str(e.value) and words in str(e.value).split('different: ')[1].split(')')[0] and 'choose another folder' in str(e.value)
     assert tree(reference) == before
 
@@ -235,19 +240,19 @@ def test_files_of_somebody_else_are_not_overwritten(tmp_path, images, unet, tune
 def test_latents_are_shared_by_all_prompts(tmp_path, monkeypatch, images, unet, tuned, reference):
     adapt(images, unet, tuned, cfg, schedule, tmp_path/'one', cache=tmp_path/'cache')
     assert tree(tmp_path/'one/images') == tree(reference/'images') and not (tmp_path/'one/latents').exists()
-    monkeypatch.setattr(A, 'invert', None)   # would fail if it were called
+    monkeypatch.setattr(Walk, 'invert', None)   # would fail if it were called
     adapt(images, unet, tuned_like(tuned), cfg, schedule, tmp_path/'two', cache=tmp_path/'cache')
     assert tree(tmp_path/'two/images') != tree(reference/'images')
 
 def test_noise_does_not_depend_on_shards_already_done(tmp_path, images, unet, tuned):
-    noisy = replace(cfg, eta=1., seed=3)
-    adapt(images, unet, tuned, noisy, schedule, tmp_path/'a')
-    adapt(images, unet, tuned, noisy, schedule, tmp_path/'b')
+    noisy = replace(walk, eta=1., noise_seed=3)
+    adapt(images, unet, tuned, cfg, schedule, tmp_path/'a', walk=noisy)
+    adapt(images, unet, tuned, cfg, schedule, tmp_path/'b', walk=noisy)
     assert tree(tmp_path/'a') == tree(tmp_path/'b')
     (tmp_path/'b/shards/00001.json').unlink()
-    adapt(images, unet, tuned, noisy, schedule, tmp_path/'b')
+    adapt(images, unet, tuned, cfg, schedule, tmp_path/'b', walk=noisy)
     assert tree(tmp_path/'a') == tree(tmp_path/'b')
-    adapt(images, unet, tuned, replace(noisy, seed=4), schedule, tmp_path/'c')
+    adapt(images, unet, tuned, cfg, schedule, tmp_path/'c', walk=replace(noisy, noise_seed=4))
     assert tree(tmp_path/'a/images') != tree(tmp_path/'c/images')
 
 def test_half_precision_stays_close(tmp_path, images, unet, tuned, reference):
@@ -300,8 +305,13 @@ def test_no_memory_for_one_image_is_a_user_error_and_other_errors_pass(images):
     with pytest.raises(RuntimeError, match='shapes do not match'): Batches(4)(wrong, torch.zeros(4))
 
 @pytest.mark.parametrize('change, words', [(dict(t0=1000), 't0 = 1000'), (dict(n_inv=0), 'n_inv = 0'), (dict(n_gen=400), 'lower n_gen'), (dict(eta=2.), 'eta = 2'),
-                                           (dict(size=0), 'size = 0'), (dict(dtype='int8'), 'bfloat16'), (dict(inversion_model='x'), 'pretrained or finetuned')])
-def test_bad_config_is_refused(change, words, tmp_path, images, unet):
+                                           (dict(inverter='x'), 'pretrained or finetuned')])
+def test_a_bad_walk_is_refused(change, words, tmp_path, images, unet):
+    with pytest.raises(UserError, match=words): adapt(images, unet, unet, cfg, schedule, tmp_path/'out', walk=replace(walk, **change))
+    assert not (tmp_path/'out').exists()
+
+@pytest.mark.parametrize('change, words', [(dict(dtype='int8'), 'bfloat16'), (dict(batch_size=0), 'batch_size = 0'), (dict(shard_size=0), 'shard_size = 0')])
+def test_bad_compute_is_refused(change, words, tmp_path, images, unet):
     with pytest.raises(UserError, match=words): adapt(images, unet, unet, replace(cfg, **change), schedule, tmp_path/'out')
     assert not (tmp_path/'out').exists()
 
@@ -312,158 +322,107 @@ def test_file_names():
     for bad in ('../a.png', '/a.png', ''):
         with pytest.raises(UserError, match='cannot be a file name'): file_names([bad])
 
-
-# --- the folder and the command line ---
-
-@pytest.fixture(scope='module')
-def weights(tmp_path_factory):
-    root = tmp_path_factory.mktemp('weights')
-    save_unet(tiny_unet(16), root/'unet')
-    return dict(unet=str(root/'unet'), clip=str(clip_folder(root/'clip')))
-
-small = dict(t0=300, n_inv=3, n_gen=2, passes=1, n_images=4, batch_size=4, device='cpu')
-
-def argv(photos, out, weights, *more):
-    opts = {k.replace('_', '-'): v for k, v in {**small, **weights}.items()}
-    return [str(photos), '--target', 'a pencil sketch', '--out', str(out), *(w for k, v in opts.items() for w in (f'--{k}', str(v))), *map(str, more)]
-
-@pytest.fixture(scope='module')
-def sketches(tmp_path_factory, photos, weights):
-    out = tmp_path_factory.mktemp('cli')/'sketches'
-    assert main(argv(photos, out, weights, '--labels', photos.parent/'labels.csv')) == 0
-    return out
-
-def test_folder_result(sketches, images, weights):
-    names = {p.relative_to(sketches).as_posix() for p in sketches.rglob('*') if p.is_file() and '.diffclip' not in p.parts}
-    assert {f'images/{i.rsplit(".", 1)[0]}.png' for i in images.ids} < names
-    assert {'labels.csv', 'contact_sheet.png', 'report.json', 'manifest.csv', 'config.json'} < names and not any(n.endswith('.tmp') for n in names)
-    again = image_folder(sketches/'images', sketches/'labels.csv')   # the result is a labelled data set
-    assert {i.rsplit('.', 1)[0]: again.classes[k] for i, k in again.labels.items()} == {i.rsplit('.', 1)[0]: images.classes[k] for i, k in images.labels.items()}
-    assert Image.open(sketches/'contact_sheet.png').size == (6 * 18 + 2, 2 * (2 * 18 + 2))   # seven pairs: six columns, two double rows
-    report = json.loads((sketches/'report.json').read_text())
-    assert report['target'] == 'a pencil sketch' and report['n_images'] == report['n_labelled'] == 7 and report['skipped'] == {}
-    assert report['models']['unet']['provenance'] == 'published' and report['finetune']['n_images'] == 4 and report['adapt']['size'] == 16
-    assert set(report['last_pass']) == {'total', 'clip', 'l1', 'grid', 'grad_norm'}
-
-def test_the_same_command_again_changes_nothing_and_another_prompt_is_refused(sketches, photos, weights, capsys, monkeypatch):
-    before = tree(sketches)
-    monkeypatch.setattr(A, 'invert', None)
-    assert main(argv(photos, sketches, weights, '--labels', photos.parent/'labels.csv')) == 0
-    said = capsys.readouterr().out
-    assert '7 images' in said and "'photo' -> 'a pencil sketch'" in said and 'published or your own weights' in said and 'Ctrl-C is safe' in said
-    assert tree(sketches) == before
-    with pytest.raises(SystemExit) as e: main(argv(photos, sketches, weights, '--labels', photos.parent/'labels.csv', '--seed', 1))
-    err = capsys.readouterr().err
-    assert tree(sketches) == before   # refused before the fine-tuning, not after it
-    assert e.value.code == 2 and 'another run' in err and str(sketches) in err and 'Traceback' not in err
-
-def test_a_corrupt_image_is_named_before_the_work_or_skipped_and_counted(tmp_path, photos, weights, capsys):
-    mixed = shutil.copytree(photos, tmp_path/'photos')
-    whole = (mixed/'b/4.jpg').read_bytes()
-    (mixed/'b/4.jpg').write_bytes(whole[:len(whole)//2])
-    with pytest.raises(SystemExit) as e: main(argv(mixed, tmp_path/'out', weights))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and '4.jpg' in err and 'truncated' in err and '--skip-bad' in err and not (tmp_path/'out').exists()
-    got = adapt_folder(mixed, 'a pencil sketch', tmp_path/'out', skip_bad=True, **small, **weights)
-    assert len(got) == 6 and 'b/4.jpg' not in got.ids and 'left out: 1' in capsys.readouterr().out
-    assert list(json.loads((tmp_path/'out/report.json').read_text())['skipped']) == ['b/4.jpg']
-
-def test_all_bad_images(tmp_path):
-    (tmp_path/'p').mkdir(); (tmp_path/'p/1.png').write_text('no image')
-    with pytest.raises(UserError, match='none of the 1 images'): check_images(image_folder(tmp_path/'p'), skip_bad=True)
-
-def bad_commands(photos, tmp, weights):
-    other = tmp/'full'; other.mkdir(); (other/'thesis.txt').write_text('mine')
-    labels = tmp/'l.csv'; labels.write_text('id,label\na/0.png,x\n')
-    ok = tmp/'new'
-    return {
-        'inside': (argv(photos, photos/'out', weights), 'outside it'),
-        'equal': (argv(photos, photos, weights), 'would lie inside the photos'),
-        'missing folder': (argv(tmp/'nowhere', ok, weights), 'nowhere is not a folder'),
-        'not empty': (argv(photos, other, weights), 'is not empty'),
-        'a file': (argv(photos, labels, weights), 'is a file'),
-        'prompt': (argv(photos, ok, weights, '--target', ' '), 'target is empty'),
-        'same prompt': (argv(photos, ok, weights, '--target', 'photo'), 'no direction'),
-        't0': (argv(photos, ok, weights, '--t0', 1000), 't0 = 1000'),
-        'passes': (argv(photos, ok, weights, '--passes', 0), 'passes = 0'),
-        'batch': (argv(photos, ok, weights, '--batch-size', 0), 'batch_size = 0'),
-        'labels': (argv(photos, ok, weights, '--labels', labels), 'l.csv: no line for 6 images'),
-        'device': (argv(photos, ok, weights, '--device', 'cuda:77'), "device 'cuda:77' cannot be used"),
-        'unet': (argv(photos, ok, weights, '--unet', 'nothing'), "no U-Net at 'nothing'"),
-        'clip': (argv(photos, ok, weights, '--clip', 'nothing'), "'nothing' is neither"),
-    }
-
-def test_bad_input_is_one_line_and_exit_code_2(tmp_path, photos, weights, capsys):
-    before = tree(photos)
-    for name, (args, words) in bad_commands(photos, tmp_path, weights).items():
-        with pytest.raises(SystemExit) as e: main(args)
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and words in err and 'Traceback' not in err, (name, err)
-        assert not (tmp_path/'new').exists(), name
-    assert tree(photos) == before
-    with pytest.raises(SystemExit) as e: main([str(photos)])
-    assert e.value.code == 2 and '--target' in capsys.readouterr().err
-
-def test_ctrl_c_is_130_and_tells_how_to_go_on(tmp_path, photos, weights, monkeypatch, capsys, sketches):
-    real, calls = A.sample, []
-    def stop(*a, **k):
-        calls.append(1)
-        if len(calls) == 2: raise KeyboardInterrupt
-        return real(*a, **k)
-    more = ('--labels', photos.parent/'labels.csv')
-    with monkeypatch.context() as m:
-        m.setattr(A, 'sample', stop)
-        with pytest.raises(SystemExit) as e: main(argv(photos, tmp_path/'out', weights, *more))
-    err = capsys.readouterr().err
-    assert e.value.code == 130 and 'the same command resumes' in err and '0 finished shards' in err and str(tmp_path/'out') in err
-    assert main(argv(photos, tmp_path/'out', weights, *more)) == 0
-    def visible(d): return {k: v for k, v in tree(d).items() if not k.endswith(('history.csv', 'checkpoint.pt'))}   # these hold times
-    assert visible(tmp_path/'out') == visible(sketches)
-
 def test_half_written_files_go_and_those_of_a_living_process_stay(tmp_path, images, unet):
     other = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
     try:
         args = images, unet, unet, cfg, schedule, tmp_path/'out', tmp_path/'latents'
         adapt(*args)
         latents = next(p for p in (tmp_path/'latents').rglob('*') if p.is_file()).parent
-        living = [folder/f'x.png.{other.pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out')]
-        left = [folder/f'x.png.{pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out') for pid in (99999999, os.getpid(), 'mine')]
+        living = [folder/f'x.png.{pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out') for pid in (other.pid, 'mine')]
+        left = [folder/f'x.png.{pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out') for pid in (99999999, os.getpid())]
         for p in (*living, *left): p.write_bytes(b'half wri')
         adapt(*args)
         assert all(p.exists() for p in living) and not any(p.exists() for p in left)
     finally: other.communicate(b'\n')
 
 
-def test_a_full_disk_is_exit_code_2(tmp_path, photos, weights, monkeypatch, capsys, sketches):
-    import errno
-    out, real = tmp_path/'out', os.fsync
-    shutil.copytree(sketches/'.diffclip', out/'.diffclip')   # fine-tuned already
-    calls = []
-    def full(fd):
-        calls.append(1)
-        if len(calls) > 4: raise OSError(errno.ENOSPC, 'No space left on device')
-        return real(fd)
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(SystemExit) as e: main(argv(photos, out, weights))
-    err = capsys.readouterr().err
-    assert e.value.code == 2 and 'no space left' in err and str(out) in err
-    assert not list(out.rglob('*.tmp'))
+class Shifted(torch.nn.Module):
+    "A network with a condition: one number per image."
+    def __init__(self, net): super().__init__(); self.net = net
+    def forward(self, x, t, shift): return self.net(x, t) + shift[:, None, None, None]
+
+def test_a_condition_goes_with_its_image_through_shards_and_batches(tmp_path, images, unet, tuned):
+    model, other = Shifted(unet), Shifted(tuned)
+    shift = torch.linspace(-.5, .5, len(images))
+    got = adapt(images, model, other, cfg, schedule, tmp_path/'all', shift=shift)
+    for i in (0, 3, 6):   # alone, and first in the alphabet or not
+        one = adapt(images.subset([images.ids[i]]), model, other, cfg, schedule, tmp_path/f'{i}', shift=shift[i:i + 1])
+        assert (one.tensor(size=16) - got.tensor([images.ids[i]], 16)).abs().max() < 2.5 / 127.5
+    order = images.subset(images.ids[::-1])
+    turned = adapt(order, model, other, cfg, schedule, tmp_path/'turned', shift=shift.flip(0))
+    assert torch.equal(turned.tensor(images.ids, 16), got.tensor(images.ids, 16))
+    with pytest.raises(UserError, match='another run'): adapt(images, model, other, cfg, schedule, tmp_path/'all', shift=-shift)
 
 
-def test_the_shipped_network_gets_its_recipe_and_others_keep_careful_defaults():
-    assert recipe('shipped', 200) == dict(SHIPPED_RECIPE, passes=4) and recipe('shipped', 12)['passes'] == 67 and recipe('shipped', 5000)['passes'] == 1
-    assert recipe('google/ddpm-celebahq-256', 200) == {}
-    for k, v in SHIPPED_RECIPE.items(): assert getattr(PROFILES['embedded'], k) == getattr(PROFILES['celeba64'], k) == v
+# --- the adapter ---
 
+@pytest.fixture(scope='module')
+def networks(tmp_path_factory):
+    root = tmp_path_factory.mktemp('networks')
+    save_unet(tiny_unet(16), root/'unet')
+    return str(root/'unet'), str(clip_folder(root/'clip'))
 
-def test_options_left_out_follow_the_recipe(monkeypatch, photos, tmp_path):
-    class Seen(Exception): pass
-    def see(self, *a): raise Seen(self)
-    monkeypatch.setattr(FinetuneConfig, 'validate', see)
-    def asked(**options):
-        with pytest.raises(Seen) as e: adapt_folder(photos, 'a sketch', tmp_path/'out', device='cpu', **options)
-        return e.value.args[0]
-    cfg = asked(lr=None, l1_weight=None, id_weight=None)
-    n = cfg.n_images
-    assert (cfg.lr, cfg.l1_weight, cfg.id_weight, cfg.colour_weight, cfg.passes) == (2e-4, .03, 2., 5., -(-800 // n))
-    assert asked(lr=1e-5, passes=3) == replace(cfg, lr=1e-5, passes=3)
+def fitted(networks, images, **kw):
+    recipe = replace(CAREFUL, n_images=3, passes=1, n_crops=1)
+    return Adapter.from_pretrained(networks[0], networks[1], None, walk, cfg, device='cpu').fit(images, 'sketch', recipe=recipe, **kw)
+
+def test_fit_and_transform_are_finetune_and_transform(tmp_path, networks, images):
+    adapter = fitted(networks, images)
+    assert adapter.target == 'sketch' and len(adapter.history) == 1 and adapter.size == 16
+    assert adapter.models['unet']['name'] == 'unet' and adapter.models['identity'] is None
+    got = adapter.transform(images, tmp_path/'out')
+    want = transform(images, adapter.unet, adapter.tuned, schedule, walk, cfg, 16, tmp_path/'want')
+    assert tree(tmp_path/'out') == tree(tmp_path/'want') and got.labels == images.labels and want.ids == got.ids
+    same = adapter.untuned().transform(images)   # a temporary folder
+    control = transform(images, adapter.unet, adapter.unet, schedule, walk, cfg, 16, tmp_path/'control')
+    assert torch.equal(same.tensor(size=16), control.tensor(size=16)) and not torch.equal(same.tensor(size=16), got.tensor(size=16))
+
+def test_fitting_in_a_folder_is_found_again_and_labels_are_not_looked_at(tmp_path, monkeypatch, networks, images):
+    a = fitted(networks, images, out=tmp_path)
+    monkeypatch.setattr('diffclip_da.adaptation.finetune.accumulate_gradients', None)
+    unlabelled = image_folder(images.store.path)
+    b = fitted(networks, unlabelled, out=tmp_path)
+    assert A.fingerprint(a.tuned) == A.fingerprint(b.tuned)
+    assert [p.name for p in tmp_path.iterdir()] == [a.fit_key(images, 'sketch', recipe=a.recipe)]
+
+def test_a_saved_adapter_makes_the_same_bytes_on_other_photos(tmp_path, networks, images):
+    some, more = images.subset(images.ids[:4]), images.subset(images.ids[4:])
+    adapter = fitted(networks, some)
+    adapter.save(tmp_path/'mine')
+    adapter.transform(more, tmp_path/'a')
+    script = tmp_path/'again.py'   # another process, nothing in memory
+    script.write_text(textwrap.dedent("""
+        import sys; sys.path.insert(0, sys.argv[1])
+        from test_adapter import *
+        images = image_folder(sys.argv[2], Path(sys.argv[2]).parent/'labels.csv')
+        Adapter.load(sys.argv[3] + '/mine', device='cpu').transform(images.subset(images.ids[4:]), sys.argv[3] + '/b')
+    """))
+    r = subprocess.run([sys.executable, script, Path(__file__).parent, images.store.path, tmp_path], capture_output=True, text=True)
+    assert r.returncode == 0, r.stderr
+    assert tree(tmp_path/'a') == tree(tmp_path/'b')
+    again = Adapter.load(tmp_path/'mine', device='cpu')
+    assert (again.source, again.target, again.walk, again.compute, again.recipe, again.models) == (
+        adapter.source, adapter.target, adapter.walk, adapter.compute, adapter.recipe, adapter.models)
+
+def test_what_cannot_be_saved_or_loaded_is_named(tmp_path, networks, images, unet, tuned):
+    fresh = Adapter.from_pretrained(networks[0], networks[1], None, walk, cfg, device='cpu')
+    with pytest.raises(UserError, match='not fitted'): fresh.transform(images)
+    with pytest.raises(UserError, match='not fitted'): fresh.save(tmp_path)
+    with pytest.raises(UserError, match='give size='): Adapter(unet)
+    own = Adapter(unet, size=16)
+    own.tuned = tuned
+    with pytest.raises(UserError, match='only an EpsUNet can be saved, and this network is a Net'): own.save(tmp_path)
+    with pytest.raises(UserError, match='holds no adapter.json'): Adapter.load(tmp_path)
+    folder = fitted(networks, images).save(tmp_path/'mine')
+    (folder/'adapter.json').write_text('{"format": 1}')
+    with pytest.raises(UserError, match='adapter.json is not as Adapter.save wrote it'): Adapter.load(folder)
+
+def test_modules_are_taken_as_they_are_and_a_schedule_counts(tmp_path, images, unet, tuned):
+    face = Face()
+    a = Adapter.from_pretrained(unet, None, face, walk, cfg, size=16, device='cpu')
+    assert a.unet is unet and a.guide is None and a.embedder is face
+    a.tuned = tuned
+    b = copy.copy(a)
+    b.schedule = cosine_schedule()
+    assert a.transform_key(images) != b.transform_key(images) != a.walking(replace(walk, t0=200)).transform_key(images)
+    with pytest.raises(UserError, match='clip_weight = 3.0 needs a CLIP'): a.fit(images, 'sketch', recipe=CAREFUL)
