@@ -7,21 +7,23 @@ Compared are (a) our adaptation; (b) the loop of published code: batch 1, model 
 float32; (c) a loop over diffusers' DDIMInverseScheduler and DDIMScheduler with the same network and batch. Each round times all of them one
 after the other; a row holds medians over the rounds. Results go to `results.json`, its table to `README.md`.
 """
-import argparse, os, platform, statistics, subprocess, sys, tempfile, time
+import os, platform, statistics, subprocess, sys, tempfile, time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DDIMInverseScheduler, DDIMScheduler, UNet2DModel
 
-from diffclip_da.adaptation.adapt import AdaptConfig, Pipeline
-from diffclip_da.study.classify import predict, train_classifier
-from diffclip_da.core import default_device, friendly_exit
-from diffclip_da.store import read_json, versions, write_json
+from diffclip_da.adaptation.adapter import Compute, Pipeline
+from diffclip_da.core import UserError, command, default_device, friendly_exit
 from diffclip_da.data import shipped_faces
 from diffclip_da.diffusion.ddim import reconstruct
 from diffclip_da.diffusion.schedule import linear_schedule
-from diffclip_da.models.unet import EpsUNet
+from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.load import load_unet
+from diffclip_da.models.unet import EpsUNet
+from diffclip_da.store import read_json, versions, write_json
+from diffclip_da.study.classify import predict, train_classifier
 
 HERE, T0, BATCH = Path(__file__).parent, 400, 8
 SCHEDULE = linear_schedule()
@@ -34,9 +36,10 @@ PARTS = 'loops', 'peak', 'big', 'tune', 'memory'
 ARROW = {True: 'met', False: 'missed', None: ''}
 
 
-def ours(model, x0, **fields):
+def ours(model, x0, batch_size=BATCH, dtype='float32', compile=False, **walk):
     "(a): the library's own path from images to images."
-    p = Pipeline(model, model, AdaptConfig(**{**dict(t0=T0, n_inv=40, n_gen=6, batch_size=BATCH), **fields}), SCHEDULE)
+    walk = Walk(**dict(t0=T0, n_inv=40, n_gen=6, inversion='ddim', n_iter=1) | walk)
+    p = Pipeline(model, model, SCHEDULE, walk, Compute(batch_size, dtype=dtype, compile=compile))
     return lambda: p.generate(p.invert(x0))
 
 
@@ -146,8 +149,8 @@ def big(args, device):
     torch.manual_seed(0)
     model, x0 = EpsUNet(UNet2DModel(**CELEBAHQ)).to(device).eval().requires_grad_(False), torch.rand(args.big_images, 3, 256, 256) * 2 - 1
     n_inv, n_gen = args.big_steps
-    ways = {'(c)': lambda: diffusers_loop(model, x0, n_inv, n_gen, args.big_images), '(a)': ours(model, x0, size=256, n_inv=n_inv, n_gen=n_gen, batch_size=args.big_images)}
-    half = dict(n_inv=n_inv, n_gen=n_gen, size=256, batch_size=args.big_images, dtype='bfloat16')
+    ways = {'(c)': lambda: diffusers_loop(model, x0, n_inv, n_gen, args.big_images), '(a)': ours(model, x0, n_inv=n_inv, n_gen=n_gen, batch_size=args.big_images)}
+    half = dict(n_inv=n_inv, n_gen=n_gen, batch_size=args.big_images, dtype='bfloat16')
     r = compare(ways, max(2, args.rounds - 1))   # before `ours` changes the layout there is one warm-up of (c) only: both orders were tried, no difference
     b = compare({'(a) bf16': ours(model, x0, **half)}, max(2, args.rounds - 1))
     each = {k: statistics.median(s) / args.big_images / (n_inv + n_gen) for k, (s, _) in (r | b).items()}
@@ -157,14 +160,16 @@ def big(args, device):
 
 GROWTH = '''
 import sys, resource, torch, time
-from diffclip_da.adaptation.adapt import AdaptConfig, adapt
+from diffclip_da.adaptation.adapter import Compute, transform
 from diffclip_da.data import image_folder
 from diffclip_da.diffusion.schedule import linear_schedule
+from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.unet import tiny_unet
 photos, out = sys.argv[1:]
 images, net = image_folder(photos), tiny_unet(64)
 tic = time.perf_counter()
-adapt(images, net, net, AdaptConfig(t0=400, n_inv=1, n_gen=1, batch_size=32), linear_schedule(), out)
+walk = Walk(t0=400, n=1, inversion='ddim', n_iter=1)
+transform(images, net, net, linear_schedule(), walk, Compute(batch_size=32), 64, out)
 print(len(images), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter() - tic)
 '''
 
@@ -189,13 +194,14 @@ def memory(args, device):
 
 TUNE = """
 import resource, sys, time
+from dataclasses import replace
 import torch, open_clip
 from diffusers import UNet2DModel
 sys.path.insert(0, sys.argv[1])
 from speed import CELEBAHQ
 from diffclip_da.models.clip import Clip
 from diffclip_da.diffusion.ddim import step_pairs
-from diffclip_da.adaptation.finetune import FinetuneConfig, FinetuneLoss, accumulate_gradients
+from diffclip_da.adaptation.finetune import CAREFUL, FinetuneLoss, accumulate_gradients
 from diffclip_da.core import new_generator
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.models.unet import EpsUNet
@@ -207,8 +213,8 @@ def forward(x, t):
     with torch.autocast('cpu', torch.bfloat16, enabled=half): return inner(x, t).float()
 net.forward = forward
 clip = Clip(open_clip.create_model('ViT-B-16', pretrained=None), open_clip.get_tokenizer('ViT-B-16'), dict(name='random', sha256='', provenance='random'))
-cfg = FinetuneConfig(t0=600, n_gen=steps, n_crops=1, grid_weight=0.)
-loss, x, g = FinetuneLoss(clip, None, cfg), torch.randn(1, 3, 256, 256), new_generator(0)
+recipe = replace(CAREFUL, n_crops=1, grid_weight=0.)
+loss, x, g = FinetuneLoss(clip, None, 'photo', 'sketch', recipe), torch.randn(1, 3, 256, 256), new_generator(0)
 opt = torch.optim.Adam(net.parameters(), lr=1e-6)
 tic = time.perf_counter()
 accumulate_gradients(net, x, step_pairs(600, steps), linear_schedule(), lambda y: loss(y, x.clamp(-1, 1), g), grad)
@@ -252,20 +258,28 @@ def cpu_name():
     return f'{names[0] if names else platform.processor() or "CPU"}, {torch.get_num_threads()} threads'
 
 
+@dataclass
+class Options:
+    "Speed, memory and quality of adaptation, side by side in one process."
+    parts: tuple[str, ...] = PARTS     # what to measure
+    images: int = 64                   # at 64 px
+    rounds: int = 5                    # each times all ways one after the other
+    big_images: int = 1                # at 256 px
+    big_steps: tuple[int, int] = (2, 1) # of inversion and generation there
+    compile: bool = False              # torch.compile too
+    out: str = str(HERE/'results.json')
+
+
 @friendly_exit
 def main(argv=None):
     global DEVICE, DEVICE_KIND
-    a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    a.add_argument('--parts', nargs='*', choices=PARTS, default=list(PARTS))
-    a.add_argument('--images', type=int, default=64); a.add_argument('--rounds', type=int, default=5)
-    a.add_argument('--big-images', type=int, default=1); a.add_argument('--big-steps', type=int, nargs=2, default=(2, 1))
-    a.add_argument('--compile', action='store_true', help='torch.compile too')
-    a.add_argument('--out', default=str(HERE/'results.json'))
-    args = a.parse_args(argv)
+    args = command(Options, argv, prog='python benchmarks/speed.py')
+    if unknown := set(args.parts) - set(PARTS): raise UserError(f'no part {unknown.pop()!r}; there are: {", ".join(PARTS)}')
     device = default_device()
     DEVICE_KIND = 'gpu' if device.type == 'cuda' else 'cpu'
     DEVICE = torch.cuda.get_device_name() if device.type == 'cuda' else cpu_name()
-    parts = dict(loops=lambda: loops(args, device), peak=lambda: peak(device), big=lambda: big(args, device), tune=lambda: tune(args, device), memory=lambda: memory(args, device))
+    parts = dict(loops=lambda: loops(args, device), peak=lambda: peak(device), big=lambda: big(args, device),
+                 tune=lambda: tune(args, device), memory=lambda: memory(args, device))
     for p in args.parts:
         rows = parts[p]()
         save(rows, Path(args.out))

@@ -9,20 +9,22 @@ whiteness, saturation  mean brightness (0-1) and mean spread of the colour chann
 grid                   `losses.grid_loss`: contrast of patterns of period two that the source does not have
 No test picture is read, neither CelebA's nor of hand-drawn sketches.
 """
-import argparse, time
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 import torch
 
-from diffclip_da.study.baselines import cnn, Task
-from diffclip_da.study.classify import score
-from diffclip_da.core import friendly_exit, image_grid, to_pil
-from diffclip_da.store import atomic_write
-from diffclip_da.data import celeba
-from diffclip_da.study.evaluate import draw_set
-from diffclip_da.study.experiment import Experiment, find_celeba, get_profile
 from diffclip_da.adaptation.losses import grid_loss, text_direction
+from diffclip_da.core import UserError, command, friendly_exit, image_grid, to_pil
+from diffclip_da.data import celeba as celeba_set, find_celeba
+from diffclip_da.store import atomic_write
+from diffclip_da.study.baselines import Task, cnn
+from diffclip_da.study.classify import score
+from diffclip_da.study.evaluate import draw_set
+from diffclip_da.study.experiment import Experiment
+from diffclip_da.study.profile import get_profile
 
 PLAIN = dict(id_weight=.3, grid_weight=3., colour_weight=0., n_crops=2, augment_scale=.8, augment_blur=0.)
 COLOUR = PLAIN | dict(colour_weight=3.)
@@ -47,8 +49,8 @@ def appearance(exp, before, after):
                 whiteness=u.mean().item(), saturation=(u.amax(1) - u.amin(1)).mean().item(), grid=float(grid_loss(after, before)))
 
 
-def trial(name, fields, args, tests):
-    tic, exp = time.perf_counter(), Experiment(get_profile('celeba64', n_train=300, **(fields or {})), root='runs', celeba=args.celeba)
+def trial(name, fields, celeba, tests):
+    tic, exp = time.perf_counter(), Experiment(get_profile('celeba64', n_train=300, **(fields or {})), root='runs', folder=celeba)
     before, y = exp.tensors('train', 'original')
     after = before if name == 'photos' else drawn(exp.splits['train'], 'pencil', 'runs')[0] if name == 'pencil_filter' else exp.tensors('train', 'adapted')[0]
     task = Task((before, y), exp.tensors('valid', 'original'), training=exp.profile.training)
@@ -58,17 +60,23 @@ def trial(name, fields, args, tests):
     return dict(trial=name, **{k: round(v, 4) for k, v in row.items()}, seconds=round(time.perf_counter() - tic), changed='; '.join(f'{k}={v}' for k, v in (fields or {}).items()))
 
 
+@dataclass
+class Options:
+    "What the guide has to see."
+    celeba: str = ''                 # CelebA's folder
+    only: tuple[str, ...] = tuple(TRIALS) # trials
+    out: str = str(Path(__file__).with_name('views.csv'))
+
+
 @friendly_exit
 def main(argv=None):
-    a = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    a.add_argument('--celeba', default=''); a.add_argument('--only', nargs='*', choices=TRIALS, default=list(TRIALS))
-    a.add_argument('--out', default=str(Path(__file__).with_name('views.csv')))
-    args = a.parse_args(argv)
-    whole = celeba(find_celeba(args.celeba), 'valid', 'Male')
+    args = command(Options, argv, prog='python benchmarks/views.py')
+    if unknown := set(args.only) - set(TRIALS): raise UserError(f'no trial {unknown.pop()!r}; there are: {", ".join(TRIALS)}')
+    whole = celeba_set(find_celeba(args.celeba), 'valid', 'Male')
     valid = whole.subset(whole.ids[:600])
     tests = dict(photo=(valid.tensor(valid.ids, 64), valid.labels_of(valid.ids)), **{s: drawn(valid, s, 'runs') for s in STYLES})
     for name in args.only:
-        row = trial(name, TRIALS[name], args, tests)
+        row = trial(name, TRIALS[name], args.celeba, tests)
         old = pd.read_csv(args.out) if Path(args.out).exists() else pd.DataFrame(columns=list(row))
         table = pd.concat([old[old.trial != name], pd.DataFrame([row])])
         with atomic_write(args.out, 'w') as f: table.to_csv(f, index=False, lineterminator='\n')

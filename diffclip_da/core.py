@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 # %% ../nbs/01_core.ipynb #56eda57f
 class UserError(ValueError):
-    "Bad input. The text names the file or value at fault and the fix; a command line shows only it."
+    "Bad input. The text names the file or value at fault and the fix; command lines show it alone."
 
 def friendly_exit(main):
     "Decorator for a `main`: a `UserError` becomes one line and exit code 2, Ctrl-C exit code 130."
@@ -36,15 +36,18 @@ def friendly_exit(main):
             raise SystemExit(130) from None
     return wrapped
 
-# %% ../nbs/01_core.ipynb #4365f894
-def command(cls,       # a dataclass, or a function with typed arguments
-            argv=None, # the arguments; None: those that the program was called with
-            prog=None, # how the program is called, for its help
-           ):          # an instance of `cls`, or what the function returns
+# %% ../nbs/01_core.ipynb #51e05279
+def command(cls,          # a dataclass, or a function with typed arguments
+            argv=None,    # the arguments; None: those that the program was called with
+            prog=None,    # how the program is called, for its help
+            default=None, # an instance of `cls` whose values stand where nothing is given
+           ):             # an instance of `cls`, or what the function returns
     "Options from fields: `n_inv: int = 6  # steps` becomes `--n-inv`. Wrong ones exit with code 2."
     import tyro   # only command lines need it
     config = tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff
-    return tyro.cli(cls, args=None if argv is None else list(argv), prog=prog, config=config)
+    given = {} if default is None else dict(default=default)
+    args = None if argv is None else list(argv)
+    return tyro.cli(cls, args=args, prog=prog, config=config, **given)
 
 # %% ../nbs/01_core.ipynb #cac604e2
 def set_seed(seed:int):

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['SOURCES', 'MESSAGES', 'atomic_write', 'remove_leftovers', 'jsonable', 'write_json', 'read_json', 'is_web_page',
            'check_not_html', 'read_tensors', 'sha256_bytes', 'sha256_file', 'check_sha256', 'canonical_hash',
-           'state_hash', 'tensor_hash', 'fingerprint', 'global_names', 'code_hash', 'cached_tensor', 'claim_folder',
-           'Stage', 'stage', 'versions', 'git_commit', 'asset_dir', 'load_card', 'asset_file']
+           'state_hash', 'tensor_hash', 'fingerprint', 'global_names', 'code_hash', 'versions', 'git_commit',
+           'cached_tensor', 'claim_folder', 'Stage', 'stage', 'asset_dir', 'load_card', 'asset_file']
 
 # %% ../nbs/01b_store.ipynb #05918065
 import ast, contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, inspect, json
@@ -526,6 +526,12 @@ def _outer(o, seen):
     "Source of a function or class from outside of the package, and what it uses of the package."
     try: tree = _bare(ast.parse(textwrap.dedent(inspect.getsource(o))))
     except (OSError, TypeError, SyntaxError):
+        if isinstance(o, type):   # a class in a notebook: only its methods' sources can be read
+            methods = types.FunctionType, property, staticmethod, classmethod
+            yield o.__qualname__
+            for v in vars(o).values():
+                if isinstance(v, methods): yield from _roots(v, seen)
+            return
         raise UserError(f'{o.__qualname__}: its source cannot be read, so its results cannot be '
                         'told from '
                         'those of another version; define it with `def` in a file or a notebook '
@@ -550,6 +556,31 @@ def code_hash(*objects, # functions, classes, networks, partials, dicts or lists
         for r in _roots(o, seen): keys.add(r) if isinstance(r, tuple) else texts.append(r)
     used = [f'{k[1]}\n{t}' for k, ts in _package().closure(keys).items() for t in ts]
     return canonical_hash([sorted(used), sorted(texts)])
+
+# %% ../nbs/01b_store.ipynb #0451324f
+def versions() -> dict:
+    "Versions of Python and of the packages that numbers depend on; None: not installed."
+    names = ('torch', 'torchvision', 'diffusers', 'open_clip_torch', 'facenet-pytorch', 'numpy',
+             'seaborn')
+    def find(name):
+        try: return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError: return None
+    found = {n: find(n) for n in names}
+    return dict(python=platform.python_version(), **found, diffclip_da=diffclip_da.__version__)
+
+def git_commit() -> str|None:
+    "Short hash of this package's commit, '+dirty' if a file of it differs; None outside a clone."
+    here = Path(diffclip_da.__file__).parent
+    def git(*args):
+        run = ['git', '-C', str(here), *args]
+        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        # a copy inside somebody else's repository must not borrow that repository's commit
+        git('ls-files', '--error-unmatch', '__init__.py')
+        # figures and stored outputs change with every run: only the package's own files count
+        dirty = git('status', '--porcelain', '-uno', '--', '.')
+        return git('rev-parse', '--short=10', 'HEAD') + ('+dirty' if dirty else '')
+    except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../nbs/01b_store.ipynb #40f56c93
 def cached_tensor(path,    # a safetensors file
@@ -606,31 +637,6 @@ def stage(root, name:str, key:str, # folder of all steps; for people; what the s
         write_json(mark, dict(stage=name, seconds=took, **facts, versions=versions()))
     s.seconds = read_json(mark)['seconds']
     if not s.found: say(f'{name}: done in {s.seconds:.0f} s')
-
-# %% ../nbs/01b_store.ipynb #0451324f
-def versions() -> dict:
-    "Versions of Python and of the packages that numbers depend on; None: not installed."
-    names = ('torch', 'torchvision', 'diffusers', 'open_clip_torch', 'facenet-pytorch', 'numpy',
-             'seaborn')
-    def find(name):
-        try: return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError: return None
-    found = {n: find(n) for n in names}
-    return dict(python=platform.python_version(), **found, diffclip_da=diffclip_da.__version__)
-
-def git_commit() -> str|None:
-    "Short hash of this package's commit, '+dirty' if a file of it differs; None outside a clone."
-    here = Path(diffclip_da.__file__).parent
-    def git(*args):
-        run = ['git', '-C', str(here), *args]
-        return subprocess.run(run, capture_output=True, text=True, check=True).stdout.strip()
-    try:
-        # a copy inside somebody else's repository must not borrow that repository's commit
-        git('ls-files', '--error-unmatch', '__init__.py')
-        # figures and stored outputs change with every run: only the package's own files count
-        dirty = git('status', '--porcelain', '-uno', '--', '.')
-        return git('rev-parse', '--short=10', 'HEAD') + ('+dirty' if dirty else '')
-    except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../nbs/01b_store.ipynb #c8877ed3
 def asset_dir(name='') -> Path:

@@ -21,6 +21,7 @@ ORDER = ('core', 'store settings', 'data', 'align styles', 'diffusion', 'models'
 ALIASES = {'adapt', 'train', 'unet', 'published'}  # names of the first edition, for its users
 RESERVED = dict(hashlib=('core', 'store'), argparse=())
 LONGEST = 120
+ENTRY = 'main', 'Options'  # each command line has its own
 SAME_BODY = 40  # nodes of the syntax tree: shorter bodies may look alike by chance
 
 FLOOR = {room: k for k, entry in enumerate(ORDER) for room in entry.split()}
@@ -153,7 +154,7 @@ def check_twice(modules: dict) -> list:
     for m in modules.values():
         for node in m.tree.body:
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)) and not decorated(node, 'patch', 'overload') \
-                    and node.name not in ('main', '_'): by_name[node.name].append(f'{m.where}:{node.lineno}')
+                    and node.name not in (*ENTRY, '_'): by_name[node.name].append(f'{m.where}:{node.lineno}')
         for node in m.nodes:
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): continue
             body = node.body[ast.get_docstring(node) is not None:]
@@ -199,9 +200,14 @@ def check_reserved(modules: dict) -> list:
 
 
 def check_lines(modules: dict) -> list:
-    "Lines that are too long"
-    return [f'{m.where}:{k}: {len(line)} characters, more than {LONGEST}' for m in modules.values()
-            for k, line in enumerate(m.source.split('\n'), 1) if len(line) > LONGEST]
+    "Lines that are too long; what nbdev writes above the first cell is not ours to break"
+    found = []
+    for m in modules.values():
+        lines = m.source.split('\n')
+        first = next((k for k, line in enumerate(lines) if line.startswith('# %% ../')), 0)
+        found += [f'{m.where}:{k + 1}: {len(line)} characters, more than {LONGEST}' for k, line in enumerate(lines)
+                  if k >= first and len(line) > LONGEST]
+    return found
 
 
 CHECKS = check_order, check_circles, check_private, check_twice, check_patches, check_reserved, check_lines

@@ -202,7 +202,7 @@ def test_captions_are_true_of_their_picture():
     for n in range(200):
         style = T.STYLE_NAMES[n % len(T.STYLE_NAMES)]
         known = {k: bool(rng.random() < .5) for k in T.ATTRIBUTES} if n % 3 else {}
-        c = T.caption(style, known, rng)
+        c = T.draw_caption(style, known, rng)
         a = torch.tensor([[(1 if known[k] else -1) if known else 0 for k in T.ATTRIBUTES]])
         assert T.truth([c], torch.tensor([T.STYLE_NAMES.index(style)]), a).item() == 1, c
         assert len(tokenizer.encode(c.text)) <= 30, c.text  # fits the small model
@@ -211,7 +211,7 @@ def test_captions_are_true_of_their_picture():
 def test_no_unseen_wording_is_ever_used():
     rng = np.random.default_rng(1)
     unseen = {w for _, side in T.STYLE_WORDS.values() for w in side}
-    assert all(w not in T.caption(s, dict(Male=True), rng).text for s in T.STYLE_NAMES for _ in range(20) for w in unseen if len(w.split()) > 2)
+    assert all(w not in T.draw_caption(s, dict(Male=True), rng).text for s in T.STYLE_NAMES for _ in range(20) for w in unseen if len(w.split()) > 2)
 
 
 def test_truth_table():
@@ -281,7 +281,13 @@ def test_the_adversary_raises_the_style_loss_by_at_most_its_length(pool):
 def test_a_checkpoint_of_another_configuration_is_refused(pool, tmp_path):
     T.train_clip(pool, tiny_config(1), tmp_path, TINY, log=lambda *a: None)
     other = T.ClipConfig(**{**T.asdict(tiny_config(1)), 'lr': 5e-4})
-    with pytest.raises(UserError, match='lr differ'): T.train_clip(pool, other, tmp_path, TINY)
+    with pytest.raises(UserError, match=r'other settings \(lr\)'): T.train_clip(pool, other, tmp_path, TINY)
+    elsewhere = T.Pool(**{**vars(pool), 'attributes': -pool.attributes})
+    with pytest.raises(UserError, match=r'other settings \(data\)'): T.train_clip(elsewhere, tiny_config(1), tmp_path, TINY)
+
+
+def test_the_command_of_the_card_says_what_is_not_the_default():
+    assert T.command_line(T.ClipConfig(bf16=True, steps=7)).endswith('--out OUT --steps 7 --rounds 2 --adversary 3 --bf16 --seed 0')
 
 
 def test_the_command_line_names_a_missing_folder(tmp_path, capsys):

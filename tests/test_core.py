@@ -101,6 +101,7 @@ def test_command_reads_a_dataclass():
     a = command(Options, ['--target', 'a sketch', '--n-inv', '4', '--skip-bad', '--passes', '2'])
     assert a == Options('a sketch', Steps(4), True, 2)
     assert command(Options, ['--target', 'x']) == Options('x')
+    assert command(Options, ['--n-inv', '3'], default=Options('y', passes=7)) == Options('y', Steps(3), passes=7)
 
 
 def test_command_help_comes_from_the_comments(capsys):

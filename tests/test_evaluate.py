@@ -7,12 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import balanced_accuracy_score
 
-from conftest import encoded, picture, write_celeba
+from conftest import celeba_rows, encoded, picture, write_celeba
 from diffclip_da.study.baselines import METHODS, Method
 from diffclip_da.core import UserError
-from diffclip_da.data import celeba, find_fs2k, fs2k, image_folder, toy_faces
+from diffclip_da.data import celeba, fs2k, image_folder, toy_faces
 from diffclip_da.study import baselines
 from diffclip_da.study.evaluate import (PARTS, Evaluation, check_roles, closed, compare_methods, draw_set, fewer, group_of,
                                         in_classes, manifest_of, variant)
@@ -123,34 +124,11 @@ def test_summary_is_scikit_learns(toy):
     assert closed({f'{m}/t/balanced_accuracy': dict(mean=v) for m, v in dict(source_only=.6, a=.7, oracle=.8).items()}, 'a', 't') == pytest.approx(.5)
 
 
-def test_recalls_are_balanced_accuracy():
-    rng = np.random.default_rng(0)
-    y, p = rng.integers(0, 2, (2, 50))
-    assert recalls(y == p, y) == pytest.approx(balanced_accuracy_score(y, p))
-
-
 def test_a_larger_budget_is_compared_with_its_own_photos(toy):
     s = compare_methods(toy, ('source_only', 'source_only_long', 'adapted_long', 'oracle', 'oracle_long'))
     assert {k.split('/')[0] for k in s if '_minus_' in k} == {f'{m}_minus_source_only' for m in ('source_only_long', 'adapted_long', 'oracle', 'oracle_long')} | {f'{m}_minus_source_only_long' for m in ('adapted_long', 'oracle_long')}
     mean = lambda m: s[f'{m}/pencil/balanced_accuracy']['mean']
     assert s['adapted_long_minus_source_only_long/pencil/balanced_accuracy']['mean'] == pytest.approx(mean('adapted_long') - mean('source_only_long'))
-
-
-def test_an_answer_hangs_on_the_code_that_makes_it():
-    assert modules_of(METHODS['adapted']) == ['classify', 'baselines'] and modules_of(METHODS['adapted_long']) == ['classify', 'baselines', 'budget']
-    assert modules_of(Method(test_drawings_are_the_same_each_time)) == ['classify', 'baselines']   # a reader's own method
-
-
-def test_bootstrap_covers_what_it_should():
-    "Over many draws of the test set the interval holds the true difference about 95 times in 100."
-    held = 0
-    for k in range(60):
-        rng = np.random.default_rng(k)
-        y = rng.integers(0, 2, 200)
-        a, b = (np.where(rng.random((2, 200)) < s, y, 1 - y) for s in (.8, .7))
-        lo, hi = paired_bootstrap(y, a, b, n_resamples=400)['ci95']
-        held += lo <= .1 <= hi
-    assert held >= 52
 
 
 def test_drawings_are_the_same_each_time(toy, tmp_path):
@@ -162,12 +140,88 @@ def test_drawings_are_the_same_each_time(toy, tmp_path):
     assert {p.name: p.stat().st_mtime_ns for p in (tmp_path/'a').iterdir()} == before
 
 
-def test_missing_fs2k_says_what_to_do(monkeypatch, tmp_path):
-    monkeypatch.delenv('FS2K', raising=False)
-    with pytest.raises(UserError, match='hand-drawn sketches are needed. Fetch FS2K from'): find_fs2k()
-    with pytest.raises(UserError, match='FS2K is not at nowhere'): find_fs2k('nowhere')
-    monkeypatch.setenv('FS2K', str(tmp_path))
-    assert find_fs2k() == tmp_path
+def test_an_answer_hangs_on_what_it_sees_and_on_the_code_that_makes_it(toy, monkeypatch):
+    key = lambda ev, m, **kw: ev.answer_key(METHODS[m], 0, ev.tests, False)
+    before = {m: key(toy, m) for m in ('source_only', 'adapted', 'pencil_filter', 'clip_zero_shot')}
+    assert len(set(before.values())) == 4
+    monkeypatch.setitem(METHODS, 'mine', Method(lambda task, seed, tests=None: None))   # a reader's own method
+    assert {m: key(toy, m) for m in before} == before and key(toy, 'mine') not in before.values()
+    monkeypatch.setitem(baselines.ROWS, 'another', baselines.ROWS['adapted'])
+    assert {m: key(toy, m) for m in before} == before
+    toy.target['train'].labels = {i: 0 for i in toy.target['train'].ids}   # labels that none of these sees
+    assert {m: key(toy, m) for m in before} == before
+    other = variant(toy, recipe__seed=5)   # another fine-tuning: only what sees adapted pictures differs, and the adapted test
+    same = dict(tests={'original': toy.tests['original']}, history=False, seed=0)
+    assert other.answer_key(METHODS['source_only'], **same) == toy.answer_key(METHODS['source_only'], **same)
+    assert other.answer_key(METHODS['adapted'], **same) != toy.answer_key(METHODS['adapted'], **same)
+
+
+# any number of classes
+
+@pytest.fixture
+def three(tmp_path):
+    "Three classes in folders; the target's folders are numbered the other way round by its CSV."
+    def write(name, colours, k0):
+        rows = []
+        for k in range(12):
+            c = list(colours)[k % 3]
+            f = tmp_path/name/(c if name != 'target' else '')/f'{name}{k}.png'
+            f.parent.mkdir(parents=True, exist_ok=True)
+            im = picture(k + k0, (24, 24))
+            f.write_bytes(encoded(Image.blend(im, Image.new('RGB', im.size, colours[c]), .7), 'PNG'))
+            rows.append((f.name, c))
+        return rows
+    colours = dict(ant='red', bee='green', cat='blue')
+    for k, s in enumerate(('train', 'valid', 'test')): write(s, colours, 100 * k)
+    rows = write('target', dict(reversed(colours.items())), 500)
+    (tmp_path/'target'/'labels.csv').write_text('id,label\n' + ''.join(f'{i},{c}\n' for i, c in rows))
+    sets = {s: image_folder(tmp_path/s, labels='folders') for s in ('train', 'valid', 'test')}
+    target = image_folder(tmp_path/'target', labels=tmp_path/'target'/'labels.csv', classes=['cat', 'bee', 'ant'])
+    exp = Experiment(get_profile('toy', seeds='0', epochs=6, training__batch_size=4), tmp_path/'runs', sets=sets, device='cpu')
+    halves = dict(train=target.subset(target.ids[:6]), test=target.subset(target.ids[6:]))
+    return Evaluation(exp, target=halves)
+
+
+def test_three_classes_and_a_target_in_another_order(three):
+    assert three.exp.splits['train'].classes == ['ant', 'bee', 'cat'] == three.target['test'].classes
+    assert three._target['test'].classes == ['cat', 'bee', 'ant'] and three.name == 'target'
+    s = compare_methods(three, ('source_only', 'oracle', 'clip_zero_shot'))
+    p = np.array(three.answer('source_only', 0)['p']['target'])
+    assert p.shape == (6, 3) and p.sum(1) == pytest.approx(1)
+    y = three.tests['target'][1]
+    assert s['source_only/target/accuracy']['mean'] == pytest.approx((p.argmax(1) == y.numpy()).mean())
+    assert s['source_only/target/balanced_accuracy']['mean'] > .6   # colours tell, in either order of the folders
+    assert three.task(()).captions == ('an ant', 'a bee', 'a cat')
+
+
+def test_other_classes_are_refused(three, tmp_path):
+    with pytest.raises(UserError, match='has the classes long hair, beard, the source has ant, bee, cat'):
+        in_classes(toy_faces(tmp_path/'f', 4, 0), ['ant', 'bee', 'cat'])
+
+
+def test_an_attribute_other_than_gender_is_not_scored_by_gender(tmp_path):
+    p = get_profile('toy', dataset='celeba', attribute='Young', n_train=8, n_valid=4, n_test=4, seeds='0')
+    rows = {k: (*v[:2], v[2]) for k, v in celeba_rows().items()}
+    root = write_celeba(tmp_path/'celeba', rows)
+    text = (root/'list_attr_celeba.txt').read_text().replace('Smiling', 'Young')
+    (root/'list_attr_celeba.txt').write_text(text)
+    ev = Evaluation(Experiment(p, tmp_path/'runs', folder=str(root), device='cpu'), str(write_fs2k(tmp_path/'fs2k')))
+    with pytest.raises(UserError, match='Young'): ev.target
+    assert not any('woman' in c or c == 'a man' for c in ev.exp.splits['train'].captions)
+
+
+def test_fewer_keeps_the_share_of_the_classes(toy):
+    whole = toy.task(('adapted', 'varied'))
+    t = fewer(whole, 8)
+    assert len(t.source[1]) == 8 and t.source[1].float().mean() == .5 and len(whole.source[1]) == 24
+    assert torch.equal(t.varied[0][1], whole.varied[0][1][[i for i in range(24) if any(torch.equal(whole.source[0][i], v) for v in t.source[0])]])
+    assert fewer(whole, 24) is whole
+
+
+def test_every_part_is_made(toy):
+    t = toy.task()
+    assert all(getattr(t, f) is not None for f in PARTS) and t.varied[0].shape == (2, 24, 3, 16, 16)
+    assert not torch.equal(t.control[0], t.source[0]) and torch.equal(t.control[1], t.source[1])
 
 
 def test_groups_say_what_is_seen():

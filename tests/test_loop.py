@@ -5,7 +5,7 @@ from torch import nn
 
 from diffclip_da.core import UserError, new_generator
 from diffclip_da.models import loop
-from diffclip_da.models.loop import NanLoss, Training, bfloat16_or_not, fast_bfloat16, moving_average, rate_factor, set_rate
+from diffclip_da.models.loop import NanLoss, TrainingLoop, bfloat16_or_not, fast_bfloat16, moving_average, rate_factor, set_rate
 
 
 def fit(path, n_steps=12, stop_at=None, settings=None, nan_at=None, **kw):
@@ -13,7 +13,7 @@ def fit(path, n_steps=12, stop_at=None, settings=None, nan_at=None, **kw):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(2, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
     mean, opt = moving_average(net, .99), torch.optim.AdamW(net.parameters(), .01)
-    t = Training(path, dict(net=net, mean=mean, opt=opt), dict(lr=.01, n_steps=n_steps) | (settings or {}), ['n_steps'], new_generator(0))
+    t = TrainingLoop(path, dict(net=net, mean=mean, opt=opt), dict(lr=.01, n_steps=n_steps) | (settings or {}), ['n_steps'], new_generator(0))
     def step(k):
         if k == stop_at: raise KeyboardInterrupt
         set_rate(opt, .01 * rate_factor(k, n_steps, 3))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from alt_text import pictures, said
+from check_house import ENTRY
 
 ROOT = Path(__file__).parents[1]
 PATHS = sorted((ROOT / 'nbs').glob('*.ipynb'))
@@ -117,8 +118,31 @@ def test_nothing_is_defined_twice():
         for source in cells(name, 'code'):
             if source.lstrip().startswith('%%'): continue
             for d in definitions(source): where[d].append(name)
-    where.pop('main', None)  # each command's entry point must have this name
+    for name in ENTRY: where.pop(name, None)
     assert {d: names for d, names in where.items() if len(names) > 1} == {}
+
+
+def package_imports(source):
+    "(module, name) of every `from diffclip_da... import` in a cell or file."
+    plain = '\n'.join('' if line.lstrip().startswith(('%', '!')) else line for line in source.split('\n'))
+    for node in ast.walk(ast.parse(plain)):
+        if isinstance(node, ast.ImportFrom) and not node.level and (node.module or '').split('.')[0] == 'diffclip_da':
+            for a in node.names: yield node.module, a.name
+
+
+def missing(source):
+    return [f'{m}.{n}' for m, n in package_imports(source) if not hasattr(importlib.import_module(m), n)]
+
+
+@pytest.mark.parametrize('name', [*NOTEBOOKS, *(p.name for p in sorted((ROOT/'benchmarks').glob('*.py')))])
+def test_what_is_imported_exists(name):
+    "Also in the figures' notebooks and in the benchmarks, which no test runs from end to end."
+    sources = cells(name, 'code') if name in NOTEBOOKS else [(ROOT/'benchmarks'/name).read_text(encoding='utf-8')]
+    assert [m for s in sources if not s.lstrip().startswith('%%') for m in missing(s)] == []
+
+
+def test_missing_sees_a_name_that_is_gone():
+    assert missing('from diffclip_da.core import UserError, gone') == ['diffclip_da.core.gone']
 
 
 def test_definitions_sees_patches_and_skips_magics():

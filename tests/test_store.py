@@ -356,27 +356,29 @@ def test_fingerprint_of_attributes_of_all_kinds():
 # ---- code -------------------------------------------------------------------------------------------------------------------
 
 PKG = Path(store.__file__).parent
-# prints the hash of every function and class of adaptation and diffusion, and those that can reach `ddim_step`
+# prints the hash of every definition of adaptation and diffusion, and which of them reach `ddim_step`
 HASHES = '''
-import importlib, json, pkgutil
+import json, sys
 from diffclip_da import store
-found, reach = {}, []
-for room in ('adaptation', 'diffusion'):
-    for m in pkgutil.iter_modules([str(store.Path(store.__file__).parent/room)]):
-        module = importlib.import_module(f'diffclip_da.{room}.{m.name}')
-        for n, o in vars(module).items():
-            if callable(o) and getattr(o, '__module__', '') == module.__name__ and hasattr(o, '__qualname__'):
-                found[f'{room}.{m.name}.{n}'] = store.code_hash(o)
-                roots = {r for r in store._roots(o, set()) if isinstance(r, tuple)}
-                if ('diffclip_da.diffusion.ddim', 'ddim_step') in store._package().closure(roots): reach.append(f'{room}.{m.name}.{n}')
+from diffclip_da.adaptation import finetune
+from diffclip_da.diffusion import ddim
+found, reach, package = {}, [], store._package()
+for m, n in package.nodes:
+    if m.split('.')[1:2] not in (['adaptation'], ['diffusion']): continue
+    used = package.closure([(m, n)])
+    found[f'{m[12:]}.{n}'] = store.canonical_hash(sorted((k[1], t) for k, ts in used.items() for t in ts))
+    if ('diffclip_da.diffusion.ddim', 'ddim_step') in used: reach.append(f'{m[12:]}.{n}')
+for o in (ddim.ddim_step, ddim.invert, ddim.sample, ddim.step_pairs, finetune.finetune, finetune.check_finite):
+    found[f'object {o.__name__}'] = store.code_hash(o)
+    if o.__name__ not in ('step_pairs', 'check_finite'): reach.append(f'object {o.__name__}')
 print(json.dumps([found, reach]))
 '''
 
 
-def hashes_of(tmp, *edits):
-    "What `HASHES` prints for a copy of the package with some edits: (module, function of its text)."
-    root = tmp/f'copy{len(list(tmp.iterdir()))}'
-    shutil.copytree(PKG, root/'diffclip_da', ignore=shutil.ignore_patterns('assets', '__pycache__'))
+def hashes_of(package, *edits):
+    "What `HASHES` prints for a copy of a package with some edits: (module, function of its text)."
+    root = package.with_name(f'edited{len(list(package.parent.iterdir()))}')
+    shutil.copytree(package, root/'diffclip_da')
     for module, f in edits:
         path = root/'diffclip_da'/f'{module}.py'
         text = path.read_text()
@@ -420,15 +422,16 @@ def one_statement_more(name, statement):
 
 
 def test_code_hash_changes_with_what_decides_pixels_and_with_nothing_else(tmp_path):
-    before, reach = hashes_of(tmp_path)
-    for n in ('diffusion.ddim.sample', 'diffusion.ddim.invert', 'diffusion.ddim.ddim_step', 'adaptation.finetune.finetune'): assert n in reach, n
-    after, _ = hashes_of(tmp_path, ('diffusion/ddim', other_docstring('ddim_step')),
+    package = shutil.copytree(PKG, tmp_path/'package', ignore=shutil.ignore_patterns('assets', '__pycache__'))
+    before, reach = hashes_of(package)
+    assert {'diffusion.ddim.sample', 'diffusion.ddim.invert', 'diffusion.ddim.ddim_step', 'adaptation.finetune.finetune'} <= set(reach) < set(before)
+    after, _ = hashes_of(package, ('diffusion/ddim', other_docstring('ddim_step')),
                          ('diffusion/walk', other_comments('Walk')), ('adaptation/finetune', other_comments('Recipe')),
                          ('diffusion/ddim', lambda t: t.replace("UserError(f'", "UserError(f'Alas: ").replace('UserError(f"', 'UserError(f"Alas: ')),
                          ('data', one_statement_more('fs2k', 'split = str(split)')), ('core', one_statement_more('show_images', 'scale = scale * 2')),
                          ('study/figures', lambda t: t + '\n\ndef another_plot(): return 1\n'))
     assert {k for k in before if before[k] != after[k]} == set()
-    after, _ = hashes_of(tmp_path, ('diffusion/ddim', one_statement_more('ddim_step', 'eps = eps * 1')))
+    after, _ = hashes_of(package, ('diffusion/ddim', one_statement_more('ddim_step', 'eps = eps * 1')))
     assert {k for k in before if before[k] != after[k]} == set(reach)
 
 

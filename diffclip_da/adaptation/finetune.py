@@ -208,10 +208,11 @@ def finetune_key(model, x0, guide, embedder, schedule: Schedule, source: str, ta
                  walk: Walk, recipe: Recipe, dtype='float32', latents=None) -> str:
     "A hash over everything that the tuned weights depend on, but for the number of passes."
     r = replace(recipe, passes=1, views=1)
+    w = replace(walk, inverter='pretrained', eta=0., noise_seed=0)   # of no account here
     used = dict(model=model, guide=guide if r.clip_weight else None, embedder=embedder if r.id_weight else None)
     return canonical_hash(dict(
         {k: fingerprint(m) for k, m in used.items()}, code=code_hash(tune, compute_latents, FinetuneLoss),
-        x0=tensor_hash(x0), beta=tensor_hash(schedule.beta), words=[source, target], walk=walk, recipe=asdict(r),
+        x0=tensor_hash(x0), beta=tensor_hash(schedule.beta), words=[source, target], walk=w, recipe=asdict(r),
         dtype=dtype, latents=None if latents is None else tensor_hash(latents)))
 
 # %% ../../nbs/12_finetune.ipynb #b6f6760b

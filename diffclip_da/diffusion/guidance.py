@@ -11,19 +11,22 @@ from collections.abc import Callable
 from ..core import UserError
 
 # %% ../../nbs/04b_guidance.ipynb #9a135e18
-def guided(eps_model: Callable,  # (x_t, t, label=None, **cond) -> eps; called without a label it answers for "none"
+def guided(eps_model: Callable,  # (x_t, t, label=None, **cond) -> eps; no label: unconditional
            label=None,           # int or LongTensor [b]; None: it comes with each call, as `label=`
-           scale: float = 1.5,   # s above: 0 ignores the label, 1 is the model's own answer, more exaggerates
+           scale: float = 1.5,   # s: 0 ignores the label, 1 is the model's own answer
           ) -> Callable:         # an eps_model again: (x_t, t, label=None, **cond) -> eps
-    """Classifier-free guidance (arXiv 2207.12598, equation 6 with w = scale - 1). Two evaluations a step.
+    """Classifier-free guidance (arXiv 2207.12598, eq. 6 with w = scale - 1): two evaluations a step.
 
     Example: `sample(guided(unet, labels, 2.), noise, pairs, schedule)`."""
     if getattr(eps_model, 'n_classes', None) == 0:
-        raise UserError('guidance needs a class-conditional U-Net (n_classes > 0); this one knows no labels')
+        raise UserError('guidance needs a class-conditional U-Net (n_classes > 0); this one knows '
+                        'no labels')
     given = label
     def guided_eps(x_t, t, label=None, **cond):
         y = given if label is None else label
-        if y is None: raise UserError('guidance has no label to go to; give one to `guided`, or label= with the call')
+        if y is None:
+            raise UserError('guidance has no label to go to; give one to `guided`, or label= with '
+                            'the call')
         eps = eps_model(x_t, t, **cond)
         return eps + scale * (eps_model(x_t, t, label=y, **cond) - eps)
     return guided_eps

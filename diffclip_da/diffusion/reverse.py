@@ -93,7 +93,8 @@ class MixtureDenoiser(nn.Module):
         k = len(means)
         weights = torch.ones(k) if weights is None else torch.as_tensor(weights, dtype=torch.float64)
         self.register_buffer('means', means)
-        self.register_buffer('std', torch.as_tensor(std, dtype=torch.float64).expand(k).reshape(k, *[1]*(means.dim() - 1)))
+        std = torch.as_tensor(std, dtype=torch.float64).expand(k)
+        self.register_buffer('std', std.reshape(k, *[1]*(means.dim() - 1)))
         self.register_buffer('weights', weights.double() / weights.sum())
         self.schedule = schedule
 
@@ -160,7 +161,7 @@ def p2_weight(t,         # int or integer tensor [b]
     return (k + schedule.snr(t))**-gamma
 
 # %% ../../nbs/04_reverse.ipynb #3793580d
-def elbo_weight(t,  # int or integer tensor [b], 1 to T - 1: at 0 the posterior's variance is zero and the weight infinite
+def elbo_weight(t,  # int or integer tensor [b], 1 to T - 1: at 0 the variance is zero and the weight infinite
                 schedule:Schedule,
                ):   # float64, shape of t
     "The weight that makes the loss a bound on the log-likelihood, in nats (DDPM, equation 12)."

@@ -25,11 +25,13 @@ class Schedule:
     def __post_init__(self):
         beta = torch.as_tensor(self.beta, dtype=torch.float64, device='cpu')
         if beta.dim() != 1 or len(beta) == 0:
-            raise UserError(f"Schedule {self.name!r}: beta has shape {list(beta.shape)}; give a 1-d tensor with one value per step.")
+            raise UserError(f"Schedule {self.name!r}: beta has shape {list(beta.shape)}; "
+                            "give a 1-d tensor with one value per step.")
         bad = ~((beta > 0) & (beta < 1))
         if bad.any():
             i = int(bad.nonzero()[0])
-            raise UserError(f"Schedule {self.name!r}: beta[{i}] = {beta[i].item():g}; every beta must lie strictly between 0 and 1.")
+            raise UserError(f"Schedule {self.name!r}: beta[{i}] = {beta[i].item():g}; "
+                            "every beta must lie strictly between 0 and 1.")
         object.__setattr__(self, 'beta', beta)  # the usual way to set a field of a frozen dataclass
 
     @property
@@ -75,7 +77,8 @@ def match_like(c,     # coefficient: 0-d, or [b] with one value per image
         return torch.full((), c.item(), dtype=like.dtype, device=like.device)
     if c.dim() == 0: return c.to(like.device, like.dtype)
     if like.dim() == 0 or (len(c) != len(like) and 1 not in (len(c), len(like))):
-        raise UserError(f"t has {len(c)} entries but the batch has shape {list(like.shape)}; give one t, or one per image.")
+        raise UserError(f"t has {len(c)} entries but the batch has shape {list(like.shape)}; "
+                        "give one t, or one per image.")
     return c.to(like.device, like.dtype).reshape(-1, *[1]*(like.dim() - 1))
 
 # %% ../../nbs/02_schedule.ipynb #3e64cc45
@@ -83,25 +86,28 @@ def _as_steps(t, schedule, lowest):
     "`t` as an integer tensor in [lowest, T - 1], or a `UserError`; on a GPU, entries out of range become T instead."
     t = torch.as_tensor(t)
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool or t.dim() > 1:
-        raise UserError(f"t is a {t.dim()}-d tensor of {t.dtype}; give an integer, or a 1-d integer tensor with one t per image.")
+        raise UserError(f"t is a {t.dim()}-d tensor of {t.dtype}; "
+                        "give an integer, or a 1-d integer tensor with one t per image.")
     if t.device.type == 'mps': t = t.cpu()  # no float64 there
     outside = (t < lowest) | (t >= schedule.T)
     if t.device.type == 'cpu' and outside.any():
-        raise UserError(f"t = {t[outside].flatten()[0].item()} is outside [{lowest}, {schedule.T - 1}] of schedule {schedule.name!r} with "
-                        f"T = {schedule.T} steps; count steps from 0{', -1 is the clean image' if lowest < 0 else ''}.")
+        clean = ', -1 is the clean image' if lowest < 0 else ''
+        raise UserError(f"t = {t[outside].flatten()[0].item()} is outside [{lowest}, {schedule.T - 1}] of schedule "
+                        f"{schedule.name!r} with T = {schedule.T} steps; count steps from 0{clean}.")
     return torch.where(outside, schedule.T, t.long())
 
 # %% ../../nbs/02_schedule.ipynb #9ad1c341
 @patch
 def ab(self:Schedule,
        t,          # int, or integer tensor [b]; from -1 (clean) to T - 1
-       like=None,  # cast to this tensor's dtype and device and broadcast over it; None: float64, shape of `t`
+       like=None,  # tensor whose dtype, device and shape to match; None: float64, shape of `t`
        lowest=-1,  # smallest t allowed (0 where a formula divides by the noise)
-      ):           # alpha_bar_t; `UserError` when t is out of range, but NaN if t lies on a GPU: checking would stall it
+      ):           # alpha_bar_t; out of range: `UserError`, but NaN if t lies on a GPU, which a check would stall
     "The share of the original image's variance left after step `t`."
     if not (type(t) is int and lowest <= t < self.T): t = _as_steps(t, self, lowest)
     device = t.device if isinstance(t, torch.Tensor) else torch.device('cpu')
-    if device not in self._tables:  # alpha_bar_0 ... alpha_bar_{T-1}, NaN for out of range, and 1 in last place, where index -1 finds it
+    # alpha_bar_0 ... alpha_bar_{T-1}, NaN for out of range, and 1 in last place, where index -1 finds it
+    if device not in self._tables:
         self._tables[device] = torch.cat([self.alpha_bar, torch.tensor([math.nan, 1.])]).to(device)
     c = self._tables[device][t]
     return c if like is None else match_like(c, like)

@@ -19,35 +19,46 @@ from ..store import check_sha256, read_json, sha256_file, state_hash
 
 # %% ../../nbs/09_clip.ipynb #3407a764
 TEMPLATES = tuple(f'{lead} {{}}{tail}' for lead, tail in [
-    ('this is', ''), ('here is', ''), ('an image of', ''), ('a picture of', ''), ('the look of', ''), ('a view of', ''),
-    ('a good example of', ''), ('a clear example of', ''), ('one example of', ''), ('a small image of', ''),
-    ('a cropped image of', ''), ('a blurry image of', ''), ('a dark image of', ''), ('a bright image of', ''),
-    ('a close view of', ''), ('we see', ''), ('you can see', ''), ('it looks like', ''), ('it shows', ''),
-    ('the image shows', ''), ('the picture shows', ''), ('this could be', ''), ('this must be', ''),
-    ('an image that looks like', ''), ('a picture in the manner of', ''), ('what you see is', ''),
-    ('somebody made', ''), ('somebody showed me', ''), ('I am looking at', ''), ('there is', ' here')])
+    ('this is', ''), ('here is', ''), ('an image of', ''), ('a picture of', ''),
+    ('the look of', ''), ('a view of', ''), ('a good example of', ''),
+    ('a clear example of', ''), ('one example of', ''), ('a small image of', ''),
+    ('a cropped image of', ''), ('a blurry image of', ''), ('a dark image of', ''),
+    ('a bright image of', ''), ('a close view of', ''), ('we see', ''), ('you can see', ''),
+    ('it looks like', ''), ('it shows', ''), ('the image shows', ''), ('the picture shows', ''),
+    ('this could be', ''), ('this must be', ''), ('an image that looks like', ''),
+    ('a picture in the manner of', ''), ('what you see is', ''), ('somebody made', ''),
+    ('somebody showed me', ''), ('I am looking at', ''), ('there is', ' here')])
 
 # %% ../../nbs/09_clip.ipynb #2df12bbc
 def fill(template:str, # holds one '{}'
          prompt:str,   # 'sketch', 'a pencil sketch', 'the face of a woman'
         ) -> str:
-    "The template with the prompt in it; a prompt without an article gets one, unless it looks like a plural."
+    """The template with the prompt in it; a prompt without an article gets one, unless it looks
+    like a plural."""
     words = prompt.strip().split()
-    if template.strip() != '{}' and words[0].lower() not in _DETERMINERS and not words[-1].lower().endswith('s'):
+    bare = words[0].lower() not in _DETERMINERS and not words[-1].lower().endswith('s')
+    if template.strip() != '{}' and bare:
         words.insert(0, 'an' if words[0][0].lower() in 'aeio' else 'a')
     return template.format(' '.join(words))
 
-_DETERMINERS = frozenset('a an the this that these those some many one two my your his her its their no'.split())
+_DETERMINERS = frozenset('a an the this that these those some many one two my your his her its '
+                         'their no'.split())
 
 # %% ../../nbs/09_clip.ipynb #cdc6f8d9
 def check_prompts(texts, # one prompt or a list of them
                  ) -> list[str]:
-    "The prompts as a list; `UserError` for an empty list, a blank prompt or something that is no text."
+    """The prompts as a list; `UserError` for an empty list, a blank prompt or something that is no
+    text."""
     texts = [texts] if isinstance(texts, str) else list(texts)
-    if not texts: raise UserError('no prompt given (an empty list); give at least one text such as "a pencil sketch"')
+    if not texts:
+        raise UserError('no prompt given (an empty list); give at least one text such as "a pencil '
+                        'sketch"')
     for i, t in enumerate(texts):
-        if not isinstance(t, str): raise UserError(f'prompt {i} is {t!r} ({type(t).__name__}), not a text')
-        if not t.strip(): raise UserError(f'prompt {i} is blank; write what the picture should look like, such as "a pencil sketch"')
+        if not isinstance(t, str):
+            raise UserError(f'prompt {i} is {t!r} ({type(t).__name__}), not a text')
+        if not t.strip():
+            raise UserError(f'prompt {i} is blank; write what the picture should look like, such '
+                            'as "a pencil sketch"')
     return texts
 
 # %% ../../nbs/09_clip.ipynb #6371445f
@@ -60,16 +71,19 @@ class Clip(nn.Module):
         self.model, self.tokenizer, self.info = model.float().eval().requires_grad_(False), tokenizer, info
         cfg, size = open_clip.get_model_preprocess_cfg(model), model.visual.image_size
         self.size = size[0] if isinstance(size, (tuple, list)) else size
-        for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(cfg[k]).view(1, 3, 1, 1), persistent=False)
+        for k in ('mean', 'std'):
+            self.register_buffer(k, torch.tensor(cfg[k]).view(1, 3, 1, 1), persistent=False)
 
-    def train(self, mode=True): return super().train(False)  # a guide stays in eval mode (batch norm!) whatever its parent does
+    # a guide stays in eval mode (batch norm!) whatever its parent does
+    def train(self, mode=True): return super().train(False)
     @property
     def members(self): return [self]
     @property
     def scale(self) -> torch.Tensor: return self.model.logit_scale.exp()
 
     def encode_image(self, x): # [b, 3, h, w] in [-1, 1] -> [b, d] unit norm
-        return F.normalize(self.model.encode_image(((fit_image(x, self.size) + 1) / 2 - self.mean) / self.std), dim=-1)
+        return F.normalize(self.model.encode_image(((fit_image(x, self.size) + 1) / 2
+                                                    - self.mean) / self.std), dim=-1)
 
     def encode_text(self, texts, # one prompt or a list of n
                     templates=TEMPLATES, # None or (): the texts exactly as they are
@@ -85,21 +99,27 @@ class Clip(nn.Module):
         if (n_max := ids.shape[1]) and hasattr(self.tokenizer, 'encode'):
             for t in texts:
                 if (n := len(self.tokenizer.encode(t)) + 2) > n_max:  # + 2: start and end marks
-                    raise UserError(f'the prompt {t[:60]!r}... has {n} tokens, {self.info["name"]} reads {n_max} at most; make it shorter')
+                    raise UserError(f'the prompt {t[:60]!r}... has {n} tokens, {self.info["name"]} '
+                                    f'reads {n_max} at most; make it shorter')
         return ids.to(self.mean.device)
 
 # %% ../../nbs/09_clip.ipynb #db34dc45
 def fit_image(x, size:int): # [b, 3, h, w] -> [b, 3, size, size]
-    "Centre crop to a square, then antialiased bicubic resize; nothing happens to an image that fits."
-    if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'CLIP takes images [b, 3, h, w] in [-1, 1], got shape {list(x.shape)}')
+    """Centre crop to a square, then antialiased bicubic resize; nothing happens to an image that
+    fits."""
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise UserError(f'CLIP takes images [b, 3, h, w] in [-1, 1], got shape {list(x.shape)}')
     h, w = x.shape[-2:]; s = min(h, w)
     x = x[..., (h - s) // 2:(h - s) // 2 + s, (w - s) // 2:(w - s) // 2 + s]
-    return x if s == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True, align_corners=False)
+    return x if s == size else F.interpolate(x, (size, size), mode='bicubic', antialias=True,
+                                             align_corners=False)
 
 # %% ../../nbs/09_clip.ipynb #e42e27a1
-PREPROCESS = dict(mean=[.5, .5, .5], std=[.5, .5, .5], interpolation='bicubic', resize_mode='shortest')  # of the project's own models
+PREPROCESS = dict(mean=[.5, .5, .5], std=[.5, .5, .5], interpolation='bicubic',
+                  resize_mode='shortest')  # of the project's own models
 
-def new_clip(config:dict, seed=0): # an open_clip model configuration with integers for image and text -> (model, tokenizer)
+def new_clip(config:dict, # an open_clip model configuration with integers for image and text
+             seed=0) -> tuple: # (model, tokenizer)
     "A random open_clip model of that configuration, and its tokenizer."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -107,7 +127,8 @@ def new_clip(config:dict, seed=0): # an open_clip model configuration with integ
     open_clip.set_model_preprocess_cfg(model, PREPROCESS)
     return model, open_clip.SimpleTokenizer(context_length=config['text_cfg']['context_length'])
 
-TINY = dict(embed_dim=32, vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=8, head_width=64),
+TINY = dict(embed_dim=32,
+            vision_cfg=dict(image_size=32, layers=[1, 1, 1, 1], width=8, head_width=64),
             text_cfg=dict(context_length=32, vocab_size=49408, width=16, heads=2, layers=1))
 
 def tiny_clip(seed=0) -> Clip:
@@ -117,60 +138,83 @@ def tiny_clip(seed=0) -> Clip:
 
 # %% ../../nbs/09_clip.ipynb #b93b1606
 class ClipEnsemble(nn.Module):
-    "Several `Clip`s behind the same interface: a cosine of its features is the mean of the members' cosines."
+    """Several `Clip`s behind the same interface: a cosine of its features is the mean of the
+    members' cosines."""
     def __init__(self, members:list[Clip]):
         super().__init__()
-        if not members: raise UserError('an ensemble needs at least one CLIP; the list of names is empty')
+        if not members:
+            raise UserError('an ensemble needs at least one CLIP; the list of names is empty')
         self.members = nn.ModuleList(members)
-        self.info = dict(name='+'.join(m.info['name'] for m in members), sha256='+'.join(m.info['sha256'] for m in members),
+        self.info = dict(name='+'.join(m.info['name'] for m in members),
+                         sha256='+'.join(m.info['sha256'] for m in members),
                          provenance='+'.join(sorted({m.info['provenance'] for m in members})))
 
     @property
     def scale(self) -> torch.Tensor: return torch.stack([m.scale for m in self.members]).mean()
     def _join(self, features): return torch.cat(features, -1) / len(features)**.5
     def encode_image(self, x): return self._join([m.encode_image(x) for m in self.members])
-    def encode_text(self, texts, templates=TEMPLATES): return self._join([m.encode_text(texts, templates) for m in self.members])
+    def encode_text(self, texts, templates=TEMPLATES):
+        return self._join([m.encode_text(texts, templates) for m in self.members])
 
 # %% ../../nbs/09_clip.ipynb #b6025672
-CLIP_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors', 'model.safetensors', 'open_clip_pytorch_model.bin')
+CLIP_FILES = ('open_clip_model.safetensors', 'open_clip_pytorch_model.safetensors',
+              'model.safetensors', 'open_clip_pytorch_model.bin')
 
 def read_clip(folder, name:str='', # for `info`; '': the folder's
               provenance='published') -> Clip:
-    "A CLIP from a folder in open_clip's local layout. `UserError` names the file that is missing or damaged."
+    """A CLIP from a folder in open_clip's local layout.
+
+    `UserError` names the file that is missing or damaged."""
     folder = Path(folder); name = name or folder.resolve().name
     if 'model_cfg' not in read_json(folder/'open_clip_config.json'):
-        raise UserError(f"{folder/'open_clip_config.json'} has no 'model_cfg'; it is not a configuration that open_clip wrote")
+        raise UserError(f"{folder/'open_clip_config.json'} has no 'model_cfg'; it is not a "
+                        "configuration that open_clip wrote")
     weights = next((folder/w for w in CLIP_FILES if (folder/w).exists()), None)
-    if weights is None: raise UserError(f'{folder} holds no weights; put {CLIP_FILES[0]} beside open_clip_config.json')
-    if (folder/'card.json').exists() and (sha := read_json(folder/'card.json').get('files', {}).get(weights.name)): check_sha256(weights, sha)
+    if weights is None:
+        raise UserError(f'{folder} holds no weights; put {CLIP_FILES[0]} beside '
+                        'open_clip_config.json')
+    hashes = read_json(folder/'card.json').get('files', {}) if (folder/'card.json').exists() else {}
+    if sha := hashes.get(weights.name):
+        check_sha256(weights, sha)
     with _quiet():
         try: model = open_clip.create_model(f'local-dir:{folder}')
-        except Exception as e: raise UserError(f'{weights} does not fit {folder/"open_clip_config.json"}: {str(e)[:300]}') from None
-        return Clip(model, open_clip.get_tokenizer(f'local-dir:{folder}'), dict(name=name, sha256=sha256_file(weights), provenance=provenance))
+        except Exception as e:
+            raise UserError(f'{weights} does not fit {folder/"open_clip_config.json"}: '
+                            f'{str(e)[:300]}') from None
+        return Clip(model, open_clip.get_tokenizer(f'local-dir:{folder}'),
+                    dict(name=name, sha256=sha256_file(weights), provenance=provenance))
 
 # %% ../../nbs/09_clip.ipynb #0e6eb0ea
 def named_clip(name:str, # of an architecture that open_clip knows, or 'hf-hub:owner/name'
-               pretrained:str|None=None, # a tag, a weights file or 'random'; None: OpenAI's where there are such
+               pretrained:str|None=None, # a tag, a file or 'random'; None: OpenAI's where there are such
               ) -> Clip:
     "A CLIP that open_clip knows by name."
     hub, tags = name.startswith('hf-hub:'), open_clip.list_pretrained_tags_by_model(name)
-    pretrained = None if hub else pretrained or ('openai' if 'openai' in tags else tags[0] if tags else None)
+    pretrained = None if hub else pretrained or ('openai' if 'openai' in tags else tags[0] if tags
+                                                 else None)
     is_file = bool(pretrained) and Path(pretrained).is_file()
     if not (hub or pretrained == 'random' or is_file or pretrained in tags):
-        raise UserError(f'{name} has no weights {pretrained!r}: no such file, and its tags are {", ".join(tags) or "none"}')
-    quick = bool((open_clip.get_pretrained_cfg(name, pretrained) or {}).get('quick_gelu')) if pretrained in tags else False
+        raise UserError(f'{name} has no weights {pretrained!r}: no such file, and its tags are '
+                        f'{", ".join(tags) or "none"}')
+    quick = bool((open_clip.get_pretrained_cfg(name, pretrained)
+                  or {}).get('quick_gelu')) if pretrained in tags else False
     with _quiet():
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0) # of random weights
-                model = open_clip.create_model(name, None if pretrained == 'random' else pretrained, force_quick_gelu=quick,
+                model = open_clip.create_model(name, None if pretrained == 'random' else pretrained,
+                                               force_quick_gelu=quick,
                                                require_pretrained=pretrained != 'random')
         except Exception as e:
-            if is_file: raise UserError(f'{pretrained} does not hold weights of {name}: {str(e)[:300]}') from None
-            raise UserError(f'cannot fetch the weights of {name} ({pretrained or "hub"}): {str(e)[:200]}. Is the network on? Otherwise fetch them on '
-                            "another machine and give the file as pretrained=..., or use load_guide('shipped')") from None
+            if is_file:
+                raise UserError(f'{pretrained} does not hold weights of {name}: {str(e)[:300]}') from None
+            raise UserError(f'cannot fetch the weights of {name} ({pretrained or "hub"}): '
+                            f'{str(e)[:200]}. Is the network on? Otherwise fetch them on '
+                            "another machine and give the file as pretrained=..., or use "
+                            "load_guide('shipped')") from None
         tokenizer = open_clip.get_tokenizer(name)
-    info = dict(name=f'{name}/{Path(pretrained).name}' if pretrained else name, sha256=state_hash(model),
+    info = dict(name=f'{name}/{Path(pretrained).name}' if pretrained else name,
+                sha256=state_hash(model),
                 provenance='random' if pretrained == 'random' else 'published')
     return Clip(model, tokenizer, info)
 
@@ -187,11 +231,14 @@ def class_features(clip, prompts_per_class, # one prompt, or a list of prompts, 
                    templates=None,          # the prompts as they are, or put in templates first
                   ) -> torch.Tensor:        # [k, d] unit norm
     "One unit vector per class: the mean of its prompts' features."
-    if len(prompts_per_class) < 2: raise UserError('zero-shot classification needs at least two classes of prompts')
-    return F.normalize(torch.stack([clip.encode_text(p, templates).mean(0) for p in prompts_per_class]), dim=-1)
+    if len(prompts_per_class) < 2:
+        raise UserError('zero-shot classification needs at least two classes of prompts')
+    return F.normalize(torch.stack([clip.encode_text(p, templates).mean(0)
+                                    for p in prompts_per_class]), dim=-1)
 
 def zero_shot(clip, x, # [b, 3, h, w] in [-1, 1]
               prompts_per_class, templates=None, # as in `class_features`
              ) -> torch.Tensor:                  # [b, k] probabilities
     "Zero-shot class probabilities: no label and no training, only a few words per class."
-    return (clip.scale * clip.encode_image(x) @ class_features(clip, prompts_per_class, templates).T).softmax(-1)
+    classes = class_features(clip, prompts_per_class, templates)
+    return (clip.scale * clip.encode_image(x) @ classes.T).softmax(-1)

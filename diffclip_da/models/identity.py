@@ -25,46 +25,57 @@ class Embedder(nn.Module):
     def __init__(self, net,        # [b, 3, size, size] -> [b, d]
                  size:int,         # pixels that `net` wants
                  info:dict,        # name, sha256, provenance
-                 face_box=None,    # (left, top, right, bottom) as parts of the image's sides, cut before resizing
+                 face_box=None,    # (left, top, right, bottom), parts of the sides, cut before resizing
                  value_scale=1.,   # the net's input is x * value_scale
                 ):
         super().__init__()
-        self.net, self.size, self.info, self.value_scale = net.float().eval().requires_grad_(False), size, info, value_scale
+        self.net = net.float().eval().requires_grad_(False)
+        self.size, self.info, self.value_scale = size, info, value_scale
         self.face_box = check_face_box(face_box)
 
-    def train(self, mode=True): return super().train(False)  # batch norm must not learn from the pictures it judges
+    # batch norm must not learn from the pictures it judges
+    def train(self, mode=True): return super().train(False)
 
     def embed(self, x): # [b, 3, h, w] in [-1, 1] -> [b, d] unit norm
-        return F.normalize(self.net(face_input(x, self.size, self.face_box) * self.value_scale), dim=-1)
+        return F.normalize(self.net(face_input(x, self.size, self.face_box) * self.value_scale),
+                           dim=-1)
 
 # %% ../../nbs/11_identity.ipynb #415fc504
-FACE_BOX = tuple(v / 148 for v in (14, 16, 134, 136))  # left, top, right, bottom; chapter 18 tells how it was found
+# left, top, right, bottom; chapter 18 tells how it was found
+FACE_BOX = tuple(v / 148 for v in (14, 16, 134, 136))
 
 def check_face_box(box): # (left, top, right, bottom), parts of the sides, or None
     "The box as floats, or None; `UserError` for one that cuts nothing out."
     if box is None: return None
     try: l, t, r, b = (float(v) for v in box)
-    except (TypeError, ValueError): raise UserError(f'face_box {box!r} is not (left, top, right, bottom)') from None
+    except (TypeError, ValueError):
+        raise UserError(f'face_box {box!r} is not (left, top, right, bottom)') from None
     if not (0 <= l < r <= 1 and 0 <= t < b <= 1):
-        raise UserError(f'face_box {box!r}: give left < right and top < bottom as parts of the image, between 0 and 1')
+        raise UserError(f'face_box {box!r}: give left < right and top < bottom as parts of the '
+                        'image, between 0 and 1')
     return l, t, r, b
 
 # %% ../../nbs/11_identity.ipynb #fdef6f24
 def face_input(x, # [b, 3, h, w] in [-1, 1]
                size:int, box=None, # as in `Embedder`
               ):  # [b, 3, size, size]
-    "Cut the face out and resize it, antialiased and differentiable; nothing happens to an image that fits."
-    if x.ndim != 4 or x.shape[1] != 3: raise UserError(f'a face embedder takes images [b, 3, h, w] in [-1, 1], got shape {list(x.shape)}')
+    """Cut the face out and resize it, antialiased and differentiable; nothing happens to an image
+    that fits."""
+    if x.ndim != 4 or x.shape[1] != 3:
+        raise UserError('a face embedder takes images [b, 3, h, w] in [-1, 1], got shape '
+                        f'{list(x.shape)}')
     if box is not None:
         h, w = x.shape[-2:]
         l, t, r, b = round(box[0] * w), round(box[1] * h), round(box[2] * w), round(box[3] * h)
         x = x[..., t:max(b, t + 1), l:max(r, l + 1)]
-    return x if x.shape[-2:] == (size, size) else F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False)
+    if x.shape[-2:] == (size, size): return x
+    return F.interpolate(x, (size, size), mode='bilinear', antialias=True, align_corners=False)
 
 # %% ../../nbs/11_identity.ipynb #7ae97fac
 def conv_bn(n_in, n_out, k=3, stride=1, groups=1, padding=None):
     "Convolution without bias, then batch norm."
-    return nn.Sequential(nn.Conv2d(n_in, n_out, k, stride, k // 2 if padding is None else padding, groups=groups, bias=False), nn.BatchNorm2d(n_out))
+    return nn.Sequential(nn.Conv2d(n_in, n_out, k, stride, k // 2 if padding is None else padding,
+                                   groups=groups, bias=False), nn.BatchNorm2d(n_out))
 
 # %% ../../nbs/11_identity.ipynb #f12f85b3
 class ResBlock(nn.Module):
@@ -72,7 +83,8 @@ class ResBlock(nn.Module):
     def __init__(self, n_in, n_out, stride=1):
         super().__init__()
         self.conv1, self.conv2 = conv_bn(n_in, n_out, stride=stride), conv_bn(n_out, n_out)
-        self.skip = nn.Identity() if stride == 1 and n_in == n_out else conv_bn(n_in, n_out, 1, stride)
+        same = stride == 1 and n_in == n_out
+        self.skip = nn.Identity() if same else conv_bn(n_in, n_out, 1, stride)
 
     def forward(self, x): return F.relu(self.skip(x) + self.conv2(F.relu(self.conv1(x))))
 
@@ -90,39 +102,53 @@ class FaceNet64(nn.Module):
         self.pool = conv_bn(n, n, 4, groups=n, padding=0)  # one learned 4x4 weighting per channel
         self.head = conv_bn(n, dim, 1)
 
-    def forward(self, x): return self.head(self.pool(self.body(F.relu(self.stem(F.pixel_unshuffle(x, 2)))))).flatten(1)
+    def forward(self, x):
+        h = F.relu(self.stem(F.pixel_unshuffle(x, 2)))
+        return self.head(self.pool(self.body(h))).flatten(1)
 
 # %% ../../nbs/11_identity.ipynb #5b9b448c
-def fit_state(net, state:dict, path, what:str): # module; from `read_tensors`; the file and the network's name, for the message
+def fit_state(net,         # module
+              state:dict,  # name -> tensor, from `read_tensors`
+              path, what:str, # the file and the network's name, for the message
+             ):            # `net`
     "Load `state` into `net`; `UserError` if names or shapes differ."
     want = net.state_dict()
     missing = [k for k in want if k not in state and not k.endswith('num_batches_tracked')]
     other = [k for k in state if k not in want]
-    shape = [f'{k} {list(state[k].shape)} instead of {list(v.shape)}' for k, v in want.items() if k in state and state[k].shape != v.shape]
+    shape = [f'{k} {list(state[k].shape)} instead of {list(v.shape)}' for k, v in want.items()
+             if k in state and state[k].shape != v.shape]
     if missing or other or shape:
-        parts = [f'{len(v)} {name} (first: {v[0]})' for name, v in (('missing', missing), ('unknown', other), ('of wrong shape', shape)) if v]
-        raise UserError(f'{path} does not hold the weights of {what}: {"; ".join(parts)}. Give a file of that network')
+        parts = [f'{len(v)} {name} (first: {v[0]})'
+                 for name, v in (('missing', missing), ('unknown', other),
+                                 ('of wrong shape', shape)) if v]
+        raise UserError(f'{path} does not hold the weights of {what}: {"; ".join(parts)}. Give a '
+                        'file of that network')
     net.load_state_dict(state, strict=False)
     return net
 
 # %% ../../nbs/11_identity.ipynb #dc678931
-FACENET_FILES = {'vggface2': '20180402-114759-vggface2.pt', 'casia-webface': '20180408-102900-casia-webface.pt'}
+FACENET_FILES = {'vggface2': '20180402-114759-vggface2.pt',
+                 'casia-webface': '20180408-102900-casia-webface.pt'}
 FACENET_URL = 'https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/'
 FACENET_SCALE = 127.5 / 128
 
 def facenet(spec:str, # 'vggface2', 'casia-webface', or the path of such a weights file
            ) -> tuple: # module, sha256 of the file
-    "facenet-pytorch's InceptionResnetV1 with its published weights, from a file or, where the network is on, its download."
+    """facenet-pytorch's InceptionResnetV1 with its published weights, from a file or, where the
+    network is on, its download."""
     from facenet_pytorch import InceptionResnetV1
     path = facenet_file(spec) if spec in FACENET_FILES else Path(spec)
     # the classifier on top (8,631 or 10,575 people) is in the file and of no use here
     state = {k: v for k, v in read_tensors(path, flat=True).items() if not k.startswith('logits.')}
-    return fit_state(InceptionResnetV1(), state, path, "facenet-pytorch's InceptionResnetV1"), sha256_file(path)
+    return fit_state(InceptionResnetV1(), state, path,
+                     "facenet-pytorch's InceptionResnetV1"), sha256_file(path)
 
 # %% ../../nbs/11_identity.ipynb #31ec33ec
 def facenet_file(name:str) -> Path: # 'vggface2' or 'casia-webface'
-    "The published file in torch's cache (where facenet-pytorch keeps it too), downloaded if need be."
-    path, url = Path(torch.hub.get_dir()).parent/'checkpoints'/FACENET_FILES[name], FACENET_URL + FACENET_FILES[name]
+    """The published file in torch's cache (where facenet-pytorch keeps it too), downloaded if need
+    be."""
+    path = Path(torch.hub.get_dir()).parent/'checkpoints'/FACENET_FILES[name]
+    url = FACENET_URL + FACENET_FILES[name]
     if path.exists(): return path
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f'{path.name}.{os.getpid()}.tmp')
@@ -132,7 +158,8 @@ def facenet_file(name:str) -> Path: # 'vggface2' or 'casia-webface'
         os.replace(tmp, path)
     except OSError as e:
         tmp.unlink(missing_ok=True)
-        raise UserError(f'cannot download {url} ({e}). Fetch it on a machine with a network and put it at {path}, '
+        raise UserError(f'cannot download {url} ({e}). Fetch it on a machine with a network and '
+                        f'put it at {path}, '
                         f"or give its place: load_embedder('facenet:/path/to/{path.name}')") from None
     return path
 
@@ -155,7 +182,9 @@ class InvertedResidual(nn.Module):
 
 # %% ../../nbs/11_identity.ipynb #28b5a322
 class MobileFaceNet(nn.Module):
-    "[b, 3, 112, 112] in [-1, 1] -> [b, 128]. Names of the parts are those of the published state dict."
+    """[b, 3, 112, 112] in [-1, 1] -> [b, 128].
+
+    Names of the parts are those of the published state dict."""
     def __init__(self, stages=((2, 64, 5, 2), (4, 128, 1, 2), (2, 128, 6, 1), # expand, channels, blocks, stride
                                (4, 128, 1, 2), (2, 128, 2, 1))):
         super().__init__()
@@ -166,8 +195,10 @@ class MobileFaceNet(nn.Module):
         self.dw_conv = dw
         for expand, channels, count, stride in stages:
             for i in range(count):
-                blocks.append(InvertedResidual(n, channels, stride if i == 0 else 1, expand)); n = channels
-        self.features, self.conv2, self.gdconv = nn.Sequential(*blocks), conv6(n, 512, 1), nn.Module()
+                blocks.append(InvertedResidual(n, channels, stride if i == 0 else 1, expand))
+                n = channels
+        self.features, self.conv2 = nn.Sequential(*blocks), conv6(n, 512, 1)
+        self.gdconv = nn.Module()
         self.gdconv.depthwise = nn.Conv2d(512, 512, 7, groups=512, bias=False)
         self.gdconv.bn = nn.BatchNorm2d(512)
         self.conv3, self.bn = nn.Conv2d(512, 128, 1), nn.BatchNorm2d(128)
@@ -183,9 +214,11 @@ class MobileFaceNet(nn.Module):
 # %% ../../nbs/11_identity.ipynb #06444c59
 def load_teacher(path, # MobileFaceNet's state dict, .pt
                  face_box=FACE_BOX, device='cpu') -> Embedder:
-    "MobileFaceNet as an `Embedder`: images in the library's crop, any size, 148 px and more give its best."
+    """MobileFaceNet as an `Embedder`: images in the library's crop, any size, 148 px and more give
+    its best."""
     net = fit_state(MobileFaceNet(), read_tensors(path, flat=True), path, 'MobileFaceNet')
-    info = dict(name=f'mobilefacenet/{Path(path).name}', sha256=sha256_file(path), provenance='published')
+    info = dict(name=f'mobilefacenet/{Path(path).name}', sha256=sha256_file(path),
+                provenance='published')
     return Embedder(net, 112, info, face_box).to(device)
 
 # %% ../../nbs/11_identity.ipynb #5fa05fa4
@@ -194,7 +227,9 @@ def identity_loss(embedder, # an `Embedder`, or anything with `embed`
                   x_ref,    # same shape: the sources, in the same order
                  ):         # scalar, 0 (same face) to 2
     "Mean of 1 - cos between the faces; gradient goes to `x_gen` only."
-    if x_gen.shape != x_ref.shape: raise UserError(f'x_gen and x_ref must have the same shape, got {list(x_gen.shape)} and {list(x_ref.shape)}')
+    if x_gen.shape != x_ref.shape:
+        raise UserError(f'x_gen and x_ref must have the same shape, got {list(x_gen.shape)} and '
+                        f'{list(x_ref.shape)}')
     with torch.no_grad(): ref = embedder.embed(x_ref)
     return (1 - F.cosine_similarity(embedder.embed(x_gen), ref)).mean()
 
@@ -207,9 +242,13 @@ def embed_all(encode,        # an `Embedder`, or a function [b, 3, h, w] -> [b, 
              ) -> np.ndarray: # [n, d], in the order of the images
     "Features of many images."
     encode = getattr(encode, 'embed', encode)
-    if isinstance(images, torch.Tensor): n, batches = len(images), images.split(batch_size)
-    else: n, batches = len(images), (x for _, x in images.batches(size, batch_size))
-    return torch.cat([encode(x).cpu() for x in progress(batches, 'features', -(-n // batch_size))]).numpy()
+    network = getattr(encode, '__self__', encode) # of a bound method
+    weights = network.parameters() if isinstance(network, nn.Module) else ()
+    device = next((p.device for p in weights), None)
+    if isinstance(images, torch.Tensor): batches = images.split(batch_size)
+    else: batches = (x for _, x in images.batches(size, batch_size))
+    batches = progress(batches, 'features', -(-len(images) // batch_size))
+    return torch.cat([encode(x.to(device)).cpu() for x in batches]).numpy()
 
 # %% ../../nbs/11_identity.ipynb #11a00004
 def frechet_distance(a, b, # features [n, d] and [m, d]; n and m above d for a meaningful covariance

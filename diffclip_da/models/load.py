@@ -18,10 +18,10 @@ from ..core import UserError
 from .clip import Clip, ClipEnsemble, named_clip, read_clip
 from .identity import (FACE_BOX, FACENET_SCALE, Embedder, FaceNet64, facenet,
                                          fit_state, load_teacher)
-from .published import (SUFFIXES, GuidedUNet, load_folder, load_hub,
-                                          load_weights)
+from .published import SUFFIXES, GuidedUNet, load_folder, load_hub, load_weights
 from .unet import WEIGHTS_NAME, EpsUNet, read_unet, tiny_unet
-from ..store import asset_dir, asset_file, load_card, read_tensors, sha256_file, state_hash
+from ..store import (asset_dir, asset_file, load_card, read_tensors, sha256_file,
+                               state_hash)
 
 # %% ../../nbs/07c_load.ipynb #13c47935
 def toy_models(size: int = 16) -> tuple: # (EpsUNet, Clip, Embedder)
@@ -29,7 +29,8 @@ def toy_models(size: int = 16) -> tuple: # (EpsUNet, Clip, Embedder)
     vision = dict(image_size=16, layers=1, width=32, head_width=16, patch_size=8)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        clip = open_clip.model.CLIP(16, vision, dict(context_length=77, width=16, heads=2, layers=1))
+        clip = open_clip.model.CLIP(16, vision,
+                                    dict(context_length=77, width=16, heads=2, layers=1))
         open_clip.model.set_model_preprocess_cfg(clip, dict(mean=(.5,) * 3, std=(.5,) * 3))
         net = nn.Sequential(nn.AdaptiveAvgPool2d(8), nn.Flatten(), nn.Linear(192, 16))
     unet = tiny_unet(size)
@@ -39,9 +40,9 @@ def toy_models(size: int = 16) -> tuple: # (EpsUNet, Clip, Embedder)
     return unet, guide, Embedder(net, 16, info('embedder', net))
 
 # %% ../../nbs/07c_load.ipynb #c4b0659b
-def load_unet(name: str = 'shipped', # 'shipped', 'toy', a folder, a file (`SUFFIXES`) or a hub id 'owner/name'
+def load_unet(name: str = 'shipped', # 'shipped', 'toy', a folder, a file or a hub id 'owner/name'
               device='cpu',
-              **published,           # sha256, image_size, ...: what `load_weights`, `load_folder` or `load_hub` takes
+              **published,           # sha256, image_size, ...: see `load_weights`, `load_folder`, `load_hub`
              ) -> EpsUNet:           # in eval mode and frozen; its `info` tells where it comes from
     "A pre-trained U-Net, such as `load_unet('shipped')`. `UserError` says what is missing."
     path = Path(name)
@@ -60,51 +61,63 @@ def load_unet(name: str = 'shipped', # 'shipped', 'toy', a folder, a file (`SUFF
     elif re.fullmatch(r'\w[\w.-]*/\w[\w.-]*', str(name)): model = load_hub(str(name), **published)
     else:
         raise UserError(f"no U-Net at {str(name)!r}: give 'shipped', a folder with config.json and "
-                        f'{WEIGHTS_NAME}, a checkpoint, or a hub id such as google/ddpm-celebahq-256')
+                        f'{WEIGHTS_NAME}, a checkpoint, or a hub id such as '
+                        'google/ddpm-celebahq-256')
     return model.to(device).eval().requires_grad_(False)
 
 # %% ../../nbs/07c_load.ipynb #626e7721
 def load_guide(spec='shipped',               # see the table; several joined by '+', or a list of them
-               pretrained: str|None = None,  # weights of open_clip names without a '/TAG': a tag, a file or 'random'
+               pretrained: str|None = None,  # weights of names without a '/TAG': a tag, a file or 'random'
                device='cpu') -> 'Clip|ClipEnsemble':
     "The CLIP that guides, or an ensemble, frozen: `load_guide('ViT-B-16/openai+ViT-B-32/openai')`."
     if not isinstance(spec, (list, tuple)): spec = str(spec).removeprefix('local-dir:')
     if isinstance(spec, (list, tuple)) or ('+' in spec and not Path(spec).is_dir()):
-        members = [load_guide(s, pretrained, device) for s in (spec.split('+') if isinstance(spec, str) else spec)]
+        members = [load_guide(s, pretrained, device)
+                   for s in (spec.split('+') if isinstance(spec, str) else spec)]
         return members[0] if len(members) == 1 else ClipEnsemble(members)
     name, _, tag = spec.partition('/') # once: the tag may be a file's path
     if spec == 'toy': clip = toy_models()[1]
     elif spec == 'shipped':
         for f in load_card('clip')['files']: asset_file('clip', f) # checks the hash
-        clip = read_clip(asset_dir('clip'), load_card('clip').get('name', 'diffclip-small'), 'shipped')
-    elif tag and name in open_clip.list_models() and not Path(spec).is_dir(): clip = named_clip(name, tag)
-    elif spec in open_clip.list_models() or spec.startswith('hf-hub:'): clip = named_clip(spec, pretrained)
+        clip = read_clip(asset_dir('clip'), load_card('clip').get('name', 'diffclip-small'),
+                         'shipped')
+    elif tag and name in open_clip.list_models() and not Path(spec).is_dir():
+        clip = named_clip(name, tag)
+    elif spec in open_clip.list_models() or spec.startswith('hf-hub:'):
+        clip = named_clip(spec, pretrained)
     elif spec and Path(spec).is_dir(): clip = read_clip(spec)
     else:
         near = difflib.get_close_matches(spec, open_clip.list_models(), 3, .5)
         raise UserError(f'{spec!r} is neither a folder nor a model that open_clip knows'
                         + (f' (nearest: {", ".join(near)})' if near else '')
-                        + "; use 'shipped', a folder holding open_clip_config.json and its weights, a name from "
+                        + "; use 'shipped', a folder holding open_clip_config.json and its "
+                          "weights, a name from "
                           "open_clip.list_models(), NAME/TAG, or several of these joined by '+'")
     return clip.to(device)
 
 # %% ../../nbs/07c_load.ipynb #79b2528b
 def load_embedder(name='shipped', # see the table
                   device='cpu',
-                  face_box=None,  # (left, top, right, bottom), parts of the sides; None: `FACE_BOX`, for facenet the whole picture
+                  face_box=None,  # see `Embedder`; None: `FACE_BOX`, for facenet the whole picture
                  ) -> Embedder:
-    "A frozen face embedder, such as `load_embedder('facenet:vggface2')`. `UserError` says what is missing."
+    """A frozen face embedder, such as `load_embedder('facenet:vggface2')`.
+
+    `UserError` says what is missing."""
     name = str(name)
     if name == 'toy': return toy_models()[2].to(device)
     if name.startswith('facenet:'):
         net, sha = facenet(name.removeprefix('facenet:'))
-        info = dict(name=f'facenet-pytorch/{Path(name.removeprefix("facenet:")).name}', sha256=sha, provenance='published')
+        info = dict(name=f'facenet-pytorch/{Path(name.removeprefix("facenet:")).name}', sha256=sha,
+                    provenance='published')
         return Embedder(net, 160, info, face_box, FACENET_SCALE).to(device)
     if name == 'shipped':
         path = asset_file('embedder', 'embedder.safetensors')
         info = dict(name=load_card('embedder').get('name', 'facenet64'), provenance='shipped')
-    elif Path(name).suffix in ('.safetensors', '.pt', '.pth'): path, info = Path(name), dict(name=Path(name).name, provenance='published')
-    else: raise UserError(f"no embedder {name!r}; use 'shipped', 'facenet:vggface2', 'facenet:/path/file.pt' or the path of a .safetensors file")
+    elif Path(name).suffix in ('.safetensors', '.pt', '.pth'):
+        path, info = Path(name), dict(name=Path(name).name, provenance='published')
+    else:
+        raise UserError(f"no embedder {name!r}; use 'shipped', 'facenet:vggface2', "
+                        "'facenet:/path/file.pt' or the path of a .safetensors file")
     state = read_tensors(path, flat=True)
     if 'dw_conv.depthwise.weight' in state: return load_teacher(path, face_box or FACE_BOX, device)
     net = fit_state(FaceNet64(), state, path, 'FaceNet64')

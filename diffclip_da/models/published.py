@@ -40,10 +40,13 @@ def checked_sha256(path,                   # a weights file
     "SHA-256 of a file, compared with the one stated or noted"
     digest, note = sha256_file(path), _note(path)
     if sha256 and digest != sha256.lower():
-        raise UserError(f'{path}: SHA-256 is {digest[:12]}..., expected {sha256[:12]}...; the file is damaged or another version: delete it and fetch it again')
-    noted = (note.read_text().split() or ['nothing'])[0].lower() if not sha256 and note.is_file() else digest
+        raise UserError(f'{path}: SHA-256 is {digest[:12]}..., expected {sha256[:12]}...; the file '
+                        'is damaged or another version: delete it and fetch it again')
+    noted = (note.read_text().split()
+             or ['nothing'])[0].lower() if not sha256 and note.is_file() else digest
     if digest != noted:
-        raise UserError(f'{path}: SHA-256 is {digest[:12]}..., but {noted[:12]}... was noted in {note.name} on first use; the file was changed or damaged. '
+        raise UserError(f'{path}: SHA-256 is {digest[:12]}..., but {noted[:12]}... was noted in '
+                        f'{note.name} on first use; the file was changed or damaged. '
                         f'Fetch it again, or delete {note} if you replaced the file on purpose')
     return digest
 
@@ -59,27 +62,35 @@ def _fetch(url, part, timeout):
     with urllib.request.urlopen(url, timeout=timeout) as r, open(part, 'wb') as f:
         while piece := r.read(1 << 20): f.write(piece)
         size, got = r.headers.get('Content-Length'), f.tell()
-    if size and got != int(size): raise UserError(f'{url} broke off after {got:,} of {int(size):,} bytes; call again')
-    if is_web_page(part): raise UserError(f'{url} answered with a web page, not a weights file (an error, or a quota); open it in a browser and save the file yourself')
+    if size and got != int(size):
+        raise UserError(f'{url} broke off after {got:,} of {int(size):,} bytes; call again')
+    if is_web_page(part):
+        raise UserError(f'{url} answered with a web page, not a weights file (an error, or a '
+                        'quota); open it in a browser and save the file yourself')
 
 # %% ../../nbs/07b_published.ipynb #4109df8c
 def download(url:str, path,          # http(s) address; the file to make
              sha256:str|None=None,   # what it should be
              timeout=60,             # seconds without an answer
             ) -> Path:
-    "Fetch `url` to `path` unless it is there; either way it is checked. No half file is ever left under that name."
+    """Fetch `url` to `path` unless it is there; either way it is checked.
+
+    No half file is ever left under that name."""
     path = Path(path)
-    if not url.startswith(('http://', 'https://')): raise UserError(f'{url!r} is no address of the form https://...')
+    if not url.startswith(('http://', 'https://')):
+        raise UserError(f'{url!r} is no address of the form https://...')
     if path.exists(): checked_sha256(path, sha256); return path
     part = path.with_name(f'{path.name}.{os.getpid()}.part')
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _fetch(url, part, timeout)
         if sha256 and (got := sha256_file(part)) != sha256.lower():
-            raise UserError(f'{url}: SHA-256 is {got[:12]}..., expected {sha256[:12]}...; nothing was written to {path}. Check the address and the hash')
+            raise UserError(f'{url}: SHA-256 is {got[:12]}..., expected {sha256[:12]}...; nothing '
+                            f'was written to {path}. Check the address and the hash')
         os.replace(part, path)
     except (OSError, http.client.HTTPException) as e:
-        raise UserError(f'cannot download {url} ({e}). Fetch it on a machine with a network and put it at {path}') from None
+        raise UserError(f'cannot download {url} ({e}). Fetch it on a machine with a network and '
+                        f'put it at {path}') from None
     finally: part.unlink(missing_ok=True)
     return path
 
@@ -94,8 +105,10 @@ def layout_of(state:dict) -> str|None:
 
 def states_in(content, name=''): # -> pairs (where, name -> tensor)
     "Every dict of tensors inside a checkpoint, without the prefix `module.`"
-    items = list(content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, (list, tuple)) else ())
-    tensors = {k.removeprefix('module.'): v for k, v in items if isinstance(k, str) and isinstance(v, torch.Tensor)}
+    items = list(content.items() if isinstance(content, dict) else enumerate(content)
+                 if isinstance(content, (list, tuple)) else ())
+    tensors = {k.removeprefix('module.'): v for k, v in items if isinstance(k, str)
+               and isinstance(v, torch.Tensor)}
     if tensors: yield name, tensors
     for k, v in items: yield from states_in(v, f'{name}.{k}')
 
@@ -104,10 +117,13 @@ def pick_state(content, path) -> tuple: # (layout, name -> float32 tensor)
     found = [(name, s) for name, s in states_in(content) if layout_of(s)]
     if not found:
         seen = next((list(s)[:3] for _, s in states_in(content)), 'no tensors')
-        raise UserError(f'{path} is of a layout that is not known here (it begins with {seen}); known are DDPM as in SDEdit and DiffusionCLIP, and guided diffusion as in ADM and P2')
+        raise UserError(f'{path} is of a layout that is not known here (it begins with {seen}); '
+                        'known are DDPM as in SDEdit and DiffusionCLIP, and guided diffusion as in '
+                        'ADM and P2')
     average = [f for f in found if 'ema' in f[0].lower()]
     state = (average or (found[-1:] if isinstance(content, (list, tuple)) else found))[0][1]
-    return layout_of(state), {k: v.float() for k, v in state.items() if k != 'logvar'} # logvar: a constant beside the network
+    # logvar: a constant beside the network
+    return layout_of(state), {k: v.float() for k, v in state.items() if k != 'logvar'}
 
 # %% ../../nbs/07b_published.ipynb #d8a80c8b
 def _count(state, pattern) -> int:
@@ -115,51 +131,74 @@ def _count(state, pattern) -> int:
     return len({m[1] for k in state if (m := re.match(pattern, k))})
 
 def guess_size(attends) -> int: # for each level, from the finest: does it attend?
-    "Image side in pixels: the level that attends works at 16 px; where several do, the coarsest works at 8 px"
+    """Image side in pixels: the level that attends works at 16 px; where several do, the coarsest
+    works at 8 px"""
     levels = [i for i, a in enumerate(attends) if a]
-    if not levels: raise UserError('no level attends, so the weights do not tell the size of their images: give image_size=')
+    if not levels:
+        raise UserError('no level attends, so the weights do not tell the size of their images: '
+                        'give image_size=')
     return 16 * 2**levels[0] if len(levels) == 1 else 8 * 2**levels[-1]
 
 def ddpm_config(state:dict, image_size:int|None=None) -> dict: # None: see `guess_size`
     "Arguments of the `UNet2DModel` that computes what a DDPM state dict was made for"
     n = _count(state, r'down\.(\d+)\.')
     attends = [f'down.{i}.attn.0.q.weight' in state for i in range(n)]
-    return dict(sample_size=image_size or guess_size(attends), in_channels=state['conv_in.weight'].shape[1], out_channels=state['conv_out.weight'].shape[0],
-                block_out_channels=tuple(state[f'down.{i}.block.0.conv1.weight'].shape[0] for i in range(n)), layers_per_block=_count(state, r'down\.0\.block\.(\d+)\.'),
+    return dict(sample_size=image_size or guess_size(attends),
+                in_channels=state['conv_in.weight'].shape[1],
+                out_channels=state['conv_out.weight'].shape[0],
+                block_out_channels=tuple(state[f'down.{i}.block.0.conv1.weight'].shape[0]
+                                         for i in range(n)),
+                layers_per_block=_count(state, r'down\.0\.block\.(\d+)\.'),
                 down_block_types=tuple('AttnDownBlock2D' if a else 'DownBlock2D' for a in attends),
                 up_block_types=tuple('AttnUpBlock2D' if a else 'UpBlock2D' for a in attends[::-1]),
-                flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_num_groups=32, norm_eps=1e-6, attention_head_dim=None)
+                flip_sin_to_cos=False, freq_shift=1, downsample_padding=0, norm_num_groups=32,
+                norm_eps=1e-6, attention_head_dim=None)
 
 # %% ../../nbs/07b_published.ipynb #679824e7
-DDPM_NAMES = [(r'^temb\.dense\.0', 'time_embedding.linear_1'), (r'^temb\.dense\.1', 'time_embedding.linear_2'), (r'^norm_out', 'conv_norm_out'),
-              (r'^down\.', 'down_blocks.'), (r'^up\.', 'up_blocks.'), (r'^mid\.block_1', 'mid_block.resnets.0'), (r'^mid\.block_2', 'mid_block.resnets.1'),
-              (r'^mid\.attn_1', 'mid_block.attentions.0'), (r'\.block\.', '.resnets.'), (r'\.attn\.', '.attentions.'), (r'\.temb_proj\.', '.time_emb_proj.'),
-              (r'\.nin_shortcut\.', '.conv_shortcut.'), (r'\.downsample\.', '.downsamplers.0.'), (r'\.upsample\.', '.upsamplers.0.')]
-ATTENTION_NAMES = [(r'\.norm\.', '.group_norm.'), (r'\.(q|query)\.', '.to_q.'), (r'\.(k|key)\.', '.to_k.'), (r'\.(v|value)\.', '.to_v.'), (r'\.(proj_out|proj_attn)\.', '.to_out.0.')]
+DDPM_NAMES = [(r'^temb\.dense\.0', 'time_embedding.linear_1'),
+              (r'^temb\.dense\.1', 'time_embedding.linear_2'), (r'^norm_out', 'conv_norm_out'),
+              (r'^down\.', 'down_blocks.'), (r'^up\.', 'up_blocks.'),
+              (r'^mid\.block_1', 'mid_block.resnets.0'), (r'^mid\.block_2', 'mid_block.resnets.1'),
+              (r'^mid\.attn_1', 'mid_block.attentions.0'), (r'\.block\.', '.resnets.'),
+              (r'\.attn\.', '.attentions.'), (r'\.temb_proj\.', '.time_emb_proj.'),
+              (r'\.nin_shortcut\.', '.conv_shortcut.'), (r'\.downsample\.', '.downsamplers.0.'),
+              (r'\.upsample\.', '.upsamplers.0.')]
+ATTENTION_NAMES = [(r'\.norm\.', '.group_norm.'), (r'\.(q|query)\.', '.to_q.'),
+                   (r'\.(k|key)\.', '.to_k.'), (r'\.(v|value)\.', '.to_v.'),
+                   (r'\.(proj_out|proj_attn)\.', '.to_out.0.')]
 
 def rename(name:str, rules) -> str:
-    "`name` after each `(pattern, replacement)` in turn; in an attention block, after `ATTENTION_NAMES` too"
+    """`name` after each `(pattern, replacement)` in turn; in an attention block, after
+    `ATTENTION_NAMES` too"""
     for pattern, new in rules: name = re.sub(pattern, new, name)
-    return rename(name, ATTENTION_NAMES) if '.attentions.' in name and rules is not ATTENTION_NAMES else name
+    return rename(name,
+                  ATTENTION_NAMES) if '.attentions.' in name and rules is not ATTENTION_NAMES else name
 
 def ddpm_to_diffusers(state:dict) -> dict:
-    "The same tensors under `UNet2DModel`'s names; it counts the up levels from the coarsest, the original from the finest"
+    """The same tensors under `UNet2DModel`'s names; it counts the up levels from the coarsest, the
+    original from the finest"""
     last = _count(state, r'up\.(\d+)\.') - 1
-    turned = {re.sub(r'^up\.(\d+)', lambda m: f'up.{last - int(m[1])}', k): v for k, v in state.items()}
-    return {rename(k, DDPM_NAMES): v.flatten(1) if '.attn' in k and v.ndim == 4 else v for k, v in turned.items()}
+    turned = {re.sub(r'^up\.(\d+)', lambda m: f'up.{last - int(m[1])}', k): v
+              for k, v in state.items()}
+    return {rename(k, DDPM_NAMES): v.flatten(1) if '.attn' in k and v.ndim == 4 else v
+            for k, v in turned.items()}
 
 # %% ../../nbs/07b_published.ipynb #575dc69d
-RESIZE = {None: nn.Identity, 'down': partial(nn.AvgPool2d, 2), 'up': partial(nn.Upsample, scale_factor=2)} # none has parameters
+RESIZE = {None: nn.Identity, 'down': partial(nn.AvgPool2d, 2),
+          'up': partial(nn.Upsample, scale_factor=2)} # none has parameters
 
 class GuidedBlock(nn.Module):
-    "Residual block of guided diffusion: `(x [b, c_in, h, w], emb [b, c_emb]) -> [b, c_out, h', w']`"
+    """Residual block of guided diffusion: `(x [b, c_in, h, w], emb [b, c_emb]) -> [b, c_out, h',
+    w']`"""
     def __init__(self, c_in, c_out, c_emb, scale_shift=True, # False: the time embedding is added, as in DDPM
                  resize=None):                               # 'down', 'up' or None
         super().__init__()
         self.scale_shift, self.resize = scale_shift, RESIZE[resize]()
-        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.in_layers = nn.Sequential(nn.GroupNorm(32, c_in), nn.SiLU(),
+                                       nn.Conv2d(c_in, c_out, 3, padding=1))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out * (1 + scale_shift)))
-        self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Identity(), nn.Conv2d(c_out, c_out, 3, padding=1)) # there: dropout
+        self.out_layers = nn.Sequential(nn.GroupNorm(32, c_out), nn.SiLU(), nn.Identity(),
+                                        nn.Conv2d(c_out, c_out, 3, padding=1)) # there: dropout
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
     def forward(self, x, emb):
@@ -172,21 +211,27 @@ class GuidedBlock(nn.Module):
         return self.skip_connection(self.resize(x)) + h
 
 # %% ../../nbs/07b_published.ipynb #32d30046
-QKV_ORDERS = dict(heads='head, then q k v: the default of guided diffusion and P2', qkv='q k v, then head: use_new_attention_order=True')
+QKV_ORDERS = dict(heads='head, then q k v: the default of guided diffusion and P2',
+                  qkv='q k v, then head: use_new_attention_order=True')
 
 class GuidedAttention(nn.Module):
     "Self-attention over the pixels, `[b, c, h, w] -> [b, c, h, w]`, with heads of `head_channels`"
     def __init__(self, c, head_channels=64, order='heads'):
         super().__init__()
-        if c % head_channels: raise UserError(f'{c} channels cannot be cut into heads of {head_channels}: give the head_channels that the model was trained with')
-        if order not in QKV_ORDERS: raise UserError(f'qkv_order = {order!r}: choose {", ".join(QKV_ORDERS)}')
+        if c % head_channels:
+            raise UserError(f'{c} channels cannot be cut into heads of {head_channels}: give the '
+                            'head_channels that the model was trained with')
+        if order not in QKV_ORDERS:
+            raise UserError(f'qkv_order = {order!r}: choose {", ".join(QKV_ORDERS)}')
         self.heads, self.order = c // head_channels, order
-        self.norm, self.qkv, self.proj_out = nn.GroupNorm(32, c), nn.Conv1d(c, 3 * c, 1), nn.Conv1d(c, c, 1)
+        self.norm = nn.GroupNorm(32, c)
+        self.qkv, self.proj_out = nn.Conv1d(c, 3 * c, 1), nn.Conv1d(c, c, 1)
 
     def forward(self, x):
         b, n, flat = len(x), self.heads, x.flatten(2)
         a = self.qkv(self.norm(flat)) # [b, 3c, h*w]
-        a = a.unflatten(1, (n, 3, -1)).transpose(1, 2) if self.order == 'heads' else a.unflatten(1, (3, n, -1))
+        if self.order == 'heads': a = a.unflatten(1, (n, 3, -1)).transpose(1, 2)
+        else: a = a.unflatten(1, (3, n, -1))
         q, k, v = a.transpose(-1, -2).unbind(1) # [b, n, h*w, c/n] each
         out = F.scaled_dot_product_attention(q, k, v).transpose(-1, -2).reshape(flat.shape)
         return (flat + self.proj_out(out)).view_as(x)
@@ -210,34 +255,47 @@ class _Double(nn.Module):
 
 # %% ../../nbs/07b_published.ipynb #5fdc3fe2
 class GuidedUNet(nn.Module, ConfigMixin):
-    "The U-Net of guided diffusion, with its names in the state dict. The defaults are P2's 256 px face model."
+    """The U-Net of guided diffusion, with its names in the state dict.
+
+    The defaults are P2's 256 px face model."""
     config_name = 'config.json'
     @register_to_config
-    def __init__(self, sample_size=256, channels=(128, 128, 256, 256, 512, 512), # pixels; width of each level
-                 attention=(4,), layers=1, width=128,                            # levels that attend; blocks per level; of the time features
-                 out_channels=6, updown=True, scale_shift=True,                  # 6: noise and variance; see `GuidedBlock` and `_Halve`
-                 head_channels=64, qkv_order='heads'):                           # see `GuidedAttention`
+    def __init__(self, sample_size=256, # pixels
+                 channels=(128, 128, 256, 256, 512, 512), # width of each level
+                 attention=(4,), layers=1, # levels that attend; blocks per level
+                 width=128, # of the time features
+                 out_channels=6, updown=True, # 6: noise and variance; see `_Halve`
+                 scale_shift=True, # see `GuidedBlock`
+                 head_channels=64, qkv_order='heads'): # see `GuidedAttention`
         super().__init__()
         block = partial(GuidedBlock, c_emb=4 * width, scale_shift=scale_shift)
         attend = partial(GuidedAttention, head_channels=head_channels, order=qkv_order)
         maybe = lambda c, level: [attend(c)] if level in attention else []
-        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, 4 * width))
+        self.time_embed = nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(),
+                                        nn.Linear(4 * width, 4 * width))
         c, down, up = channels[0], [_Stage(nn.Conv2d(3, channels[0], 3, padding=1))], []
         skips, n = [c], len(channels)
         for i, out in enumerate(channels):
-            for _ in range(layers): down.append(_Stage(block(c, out), *maybe(out, i))); c = out; skips.append(c)
-            if i < n - 1: down.append(_Stage(block(c, c, resize='down') if updown else _Halve(c))); skips.append(c)
+            for _ in range(layers):
+                down.append(_Stage(block(c, out), *maybe(out, i))); c = out; skips.append(c)
+            if i < n - 1:
+                down.append(_Stage(block(c, c, resize='down') if updown else _Halve(c)))
+                skips.append(c)
         middle = _Stage(block(c, c), attend(c), block(c, c))
         for i, out in reversed(list(enumerate(channels))):
             for j in range(layers + 1):
-                resize = [block(out, out, resize='up') if updown else _Double(out)] if i and j == layers else []
+                resize = [block(out, out, resize='up') if updown
+                          else _Double(out)] if i and j == layers else []
                 up.append(_Stage(block(c + skips.pop(), out), *maybe(out, i), *resize)); c = out
-        self.input_blocks, self.middle_block, self.output_blocks = nn.ModuleList(down), middle, nn.ModuleList(up)
-        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(), nn.Conv2d(c, out_channels, 3, padding=1))
+        self.input_blocks, self.middle_block = nn.ModuleList(down), middle
+        self.output_blocks = nn.ModuleList(up)
+        self.out = nn.Sequential(nn.GroupNorm(32, c), nn.SiLU(),
+                                 nn.Conv2d(c, out_channels, 3, padding=1))
 
     def forward(self, x, t, return_dict=False): # [b, 3, h, w]; LongTensor [b]; as `UNet2DModel` takes it
         "A tuple with eps `[b, 3, h, w]`; the learned variance is cut off"
-        features = get_timestep_embedding(t, self.config.width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        features = get_timestep_embedding(t, self.config.width, flip_sin_to_cos=True,
+                                          downscale_freq_shift=0)
         emb, seen = self.time_embed(features.to(x.dtype)), []
         for stage in self.input_blocks: x = stage(x, emb); seen.append(x)
         x = self.middle_block(x, emb)
@@ -246,16 +304,23 @@ class GuidedUNet(nn.Module, ConfigMixin):
 
 # %% ../../nbs/07b_published.ipynb #38ff1653
 def guided_config(state:dict, image_size:int|None=None) -> dict: # None: see `guess_size`
-    "Arguments of the `GuidedUNet` that a state dict was made for, but for `head_channels` and `qkv_order`"
-    if 'label_emb.weight' in state: raise UserError('the model is conditional on a class and has no answer without one, which inversion needs: give an unconditional model')
+    """Arguments of the `GuidedUNet` that a state dict was made for, but for `head_channels` and
+    `qkv_order`"""
+    if 'label_emb.weight' in state:
+        raise UserError('the model is conditional on a class and has no answer without one, which '
+                        'inversion needs: give an unconditional model')
     n_up = _count(state, r'output_blocks\.(\d+)\.')
-    doubles = lambda k: any(f'output_blocks.{k}.{j}.{name}.weight' in state for j in (1, 2) for name in ('in_layers.0', 'conv'))
+    doubles = lambda k: any(f'output_blocks.{k}.{j}.{name}.weight' in state for j in (1, 2)
+                            for name in ('in_layers.0', 'conv'))
     layers = next((k for k in range(n_up) if doubles(k)), n_up - 1)
-    first = range(1, n_up, layers + 1) # the first stage of each level; both halves have equally many stages
+    # the first stage of each level; both halves have equally many stages
+    first = range(1, n_up, layers + 1)
     channels = tuple(state[f'input_blocks.{k}.0.out_layers.3.weight'].shape[0] for k in first)
     attends = [f'input_blocks.{k}.1.qkv.weight' in state for k in first]
-    return dict(sample_size=image_size or guess_size(attends), channels=channels, attention=tuple(i for i, a in enumerate(attends) if a), layers=layers,
-                width=state['time_embed.0.weight'].shape[1], out_channels=state['out.2.weight'].shape[0],
+    return dict(sample_size=image_size or guess_size(attends), channels=channels,
+                attention=tuple(i for i, a in enumerate(attends) if a), layers=layers,
+                width=state['time_embed.0.weight'].shape[1],
+                out_channels=state['out.2.weight'].shape[0],
                 updown=f'input_blocks.{layers + 1}.0.op.weight' not in state,
                 scale_shift=state['input_blocks.1.0.emb_layers.1.weight'].shape[0] == 2 * channels[0])
 
@@ -265,24 +330,34 @@ def fitted(make, what) -> nn.Module: # () -> (module, name -> tensor); the file,
     try:
         with torch.device('meta'): net, state = make()
     except UserError as e: raise UserError(f'{what}: {e}') from None
-    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as e: # a name or a shape that the configuration is read from
-        raise UserError(f'{what} lacks tensors that its layout should have, or they are of an odd shape ({type(e).__name__}: {str(e)[:120]}). '
+    # a name or a shape that the configuration is read from
+    except (LookupError, ValueError, TypeError, ArithmeticError, RuntimeError) as e:
+        raise UserError(f'{what} lacks tensors that its layout should have, or they are of an odd '
+                        f'shape ({type(e).__name__}: {str(e)[:120]}). '
                         'Fetch it again, or give the file of another model') from None
     want = {k: tuple(v.shape) for k, v in net.state_dict().items()}
-    bad = ([f'{k} is missing' for k in want if k not in state] + [f'{k} is unknown' for k in state if k not in want]
-           + [f'{k} has the shape {list(state[k].shape)} instead of {list(s)}' for k, s in want.items() if k in state and tuple(state[k].shape) != s])
-    if bad: raise UserError(f'{what} does not fit its network: {"; ".join(bad[:3])}{f"; and {len(bad) - 3} more" if len(bad) > 3 else ""}. Fetch it again, or give the file of another model')
+    bad = ([f'{k} is missing' for k in want if k not in state]
+           + [f'{k} is unknown' for k in state if k not in want]
+           + [f'{k} has the shape {list(state[k].shape)} instead of {list(s)}'
+              for k, s in want.items() if k in state and tuple(state[k].shape) != s])
+    if bad:
+        raise UserError(f'{what} does not fit its network: '
+                        f'{"; ".join(bad[:3])}{f"; and {len(bad) - 3} more" if len(bad) > 3 else ""}. '
+                        'Fetch it again, or give the file of another model')
     net.load_state_dict(state, assign=True)
     return net
 
 def check_rgb(c_in, c_out): # channels of the first and the last convolution
     "Refuse what does not take a picture and give its noise"
     if c_in != 3 or c_out not in (3, 6):
-        raise UserError(f'the network takes {c_in} channels and gives {c_out}; it must take RGB images and give 3, or 6 with a learned variance. Give a model of plain pictures')
+        raise UserError(f'the network takes {c_in} channels and gives {c_out}; it must take RGB '
+                        'images and give 3, or 6 with a learned variance. Give a model of plain '
+                        'pictures')
 
 # %% ../../nbs/07b_published.ipynb #ed7d1415
 def ddpm_network(state, image_size=None):
-    "`UNet2DModel` and its tensors, from a DDPM state dict; of a learned variance only the mean is kept"
+    """`UNet2DModel` and its tensors, from a DDPM state dict; of a learned variance only the mean
+    is kept"""
     check_rgb(state['conv_in.weight'].shape[1], state['conv_out.weight'].shape[0])
     state = {k: v[:3] if k.startswith('conv_out.') else v for k, v in state.items()}
     return UNet2DModel(**ddpm_config(state, image_size)), ddpm_to_diffusers(state)
@@ -290,7 +365,8 @@ def ddpm_network(state, image_size=None):
 def guided_network(state, image_size=None, head_channels=64, qkv_order='heads'):
     "`GuidedUNet` and its tensors, from a guided-diffusion state dict"
     check_rgb(state['input_blocks.0.0.weight'].shape[1], state['out.2.weight'].shape[0])
-    return GuidedUNet(**guided_config(state, image_size), head_channels=head_channels, qkv_order=qkv_order), state
+    return GuidedUNet(**guided_config(state, image_size), head_channels=head_channels,
+                      qkv_order=qkv_order), state
 
 def load_weights(path,                      # `.ckpt`, `.pt`, `.pth` or `.safetensors`
                  sha256:str|None=None,      # see `checked_sha256`
@@ -298,12 +374,18 @@ def load_weights(path,                      # `.ckpt`, `.pt`, `.pth` or `.safete
                  head_channels=64, qkv_order='heads', # guided diffusion only, see `GuidedAttention`
                 ) -> EpsUNet:
     "A DDPM or guided-diffusion checkpoint as `eps_model(x_t, t)`"
-    digest = checked_sha256(path, sha256) if Path(path).is_file() else None # where there is no file, the next line says so
+    # where there is no file, the next line says so
+    digest = checked_sha256(path, sha256) if Path(path).is_file() else None
     layout, state = pick_state(read_tensors(path), path)
-    if layout == 'diffusers': raise UserError(f'{path} is the weights file of a UNet2DModel, which says little without its config.json: give the folder that holds both')
-    net = fitted(lambda: ddpm_network(state, image_size) if layout == 'ddpm' else guided_network(state, image_size, head_channels, qkv_order), path)
+    if layout == 'diffusers':
+        raise UserError(f'{path} is the weights file of a UNet2DModel, which says little without '
+                        'its config.json: give the folder that holds both')
+    net = fitted(lambda: ddpm_network(state, image_size) if layout == 'ddpm'
+                 else guided_network(state, image_size, head_channels, qkv_order), path)
     note_sha256(path, digest)
-    return EpsUNet(net, info=dict(name=Path(path).name, sha256=digest, provenance='published')).eval().requires_grad_(False)
+    return EpsUNet(net,
+                   info=dict(name=Path(path).name, sha256=digest,
+                             provenance='published')).eval().requires_grad_(False)
 
 # %% ../../nbs/07b_published.ipynb #393eee2d
 BIN_NAME = 'diffusion_pytorch_model.bin'
@@ -313,19 +395,25 @@ def find_unet(folder) -> tuple: # (config.json, weights)
     for place in (Path(folder), Path(folder) / 'unet'):
         weights = next((place / w for w in (WEIGHTS_NAME, BIN_NAME) if (place / w).is_file()), None)
         if weights and (place / 'config.json').is_file(): return place / 'config.json', weights
-    raise UserError(f'{folder} holds no U-Net: config.json and {WEIGHTS_NAME} (or {BIN_NAME}) should both be in it or in its sub-folder unet/, as UNet2DModel.save_pretrained writes them')
+    raise UserError(f'{folder} holds no U-Net: config.json and {WEIGHTS_NAME} (or {BIN_NAME}) '
+                    'should both be in it or in its sub-folder unet/, as '
+                    'UNet2DModel.save_pretrained writes them')
 
 def trained_for(folder): # -> None where the network predicts noise, the schedule where it predicts v
     "What the scheduler's configuration beside a model says; without one, noise"
-    places = [Path(folder) / 'scheduler/scheduler_config.json', Path(folder) / 'scheduler_config.json']
+    places = [Path(folder) / 'scheduler/scheduler_config.json',
+              Path(folder) / 'scheduler_config.json']
     path = next((p for p in places if p.is_file()), None)
     said = read_json(path) if path else {}
-    known = dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02, num_train_timesteps=1000, trained_betas=None)
+    known = dict(beta_schedule='linear', beta_start=1e-4, beta_end=.02, num_train_timesteps=1000,
+                 trained_betas=None)
     other = {k: said[k] for k, v in known.items() if k in said and said[k] != v}
     kind = said.get('prediction_type', 'epsilon')
     if other or kind not in ('epsilon', 'v_prediction'):
-        raise UserError(f"{path}: the model was trained for {', '.join(f'{k} = {v}' for k, v in (other or dict(prediction_type=kind)).items())}; "
-                        'here every step assumes noise (or v) under the linear schedule of DDPM, so its pictures would be wrong. Give another model')
+        raise UserError(f"{path}: the model was trained for "
+                        f"{', '.join(f'{k} = {v}' for k, v in (other or dict(prediction_type=kind)).items())}; "
+                        'here every step assumes noise (or v) under the linear schedule of DDPM, '
+                        'so its pictures would be wrong. Give another model')
     return linear_schedule() if kind == 'v_prediction' else None
 
 # %% ../../nbs/07b_published.ipynb #5b33bcfc
@@ -335,35 +423,55 @@ def load_folder(folder, sha256:str|None=None, # of the weights file, see `checke
     "An unconditional `UNet2DModel` from a folder that diffusers wrote, or a whole pipeline's"
     path, weights = find_unet(folder)
     config, digest = read_json(path), checked_sha256(weights, sha256)
-    kind, labels = config.get('_class_name', 'UNet2DModel'), (config.get('num_class_embeds'), config.get('class_embed_type'))
-    if kind != 'UNet2DModel' or labels != (None, None) or config.get('time_embedding_type', 'positional') != 'positional':
-        raise UserError(f'{path} describes a {kind} that needs more than (x_t, t), a text or a label, or counts time otherwise; give an unconditional UNet2DModel of the DDPM kind')
+    kind = config.get('_class_name', 'UNet2DModel')
+    labels = config.get('num_class_embeds'), config.get('class_embed_type')
+    times = config.get('time_embedding_type', 'positional')
+    if kind != 'UNet2DModel' or labels != (None, None) or times != 'positional':
+        raise UserError(f'{path} describes a {kind} that needs more than (x_t, t), a text or a '
+                        'label, or counts time otherwise; give an unconditional UNet2DModel of the '
+                        'DDPM kind')
     content = read_tensors(weights)
-    if not isinstance(content, dict): raise UserError(f'{weights} is not a state dict (names -> tensors); fetch it again')
-    state = {rename(k, ATTENTION_NAMES) if '.attentions.' in k else k: v.float() for k, v in content.items() if isinstance(v, torch.Tensor)}
+    if not isinstance(content, dict):
+        raise UserError(f'{weights} is not a state dict (names -> tensors); fetch it again')
+    state = {rename(k, ATTENTION_NAMES) if '.attentions.' in k else k: v.float()
+             for k, v in content.items() if isinstance(v, torch.Tensor)}
     net = fitted(lambda: (UNet2DModel.from_config(config), state), f'{weights} (with {path})')
     c_in, c_out, v_schedule = net.config.in_channels, net.config.out_channels, trained_for(folder)
-    if c_in != c_out: raise UserError(f'{path}: the network takes {c_in} channels and gives {c_out}, which is no noise for its input; give another model')
+    if c_in != c_out:
+        raise UserError(f'{path}: the network takes {c_in} channels and gives {c_out}, which is no '
+                        'noise for its input; give another model')
     if note: note_sha256(weights, digest)
     info = dict(name=name or Path(folder).resolve().name, sha256=digest, provenance='published')
     return EpsUNet(net, v_schedule=v_schedule, info=info).eval().requires_grad_(False)
 
 # %% ../../nbs/07b_published.ipynb #c14a530e
 def fetch_hub(name:str, revision=None, cache_dir=None) -> Path: # 'owner/name'; see `snapshot_download`
-    "Folder with the configuration and the weights of a model on the hub, from the cache or the network"
+    """Folder with the configuration and the weights of a model on the hub, from the cache or the
+    network"""
     offline = os.environ.get('HF_HUB_OFFLINE', '').lower() in ('1', 'on', 'yes', 'true')
-    configs = ['config.json', 'unet/config.json', 'scheduler_config.json', 'scheduler/scheduler_config.json']
-    mend = (f'. If you meant a folder, there is none at {name!r}. Otherwise fetch the model where there is a network (hf download {name}), and give the folder, '
-            "or copy it into the hub's cache" + ('; or unset HF_HUB_OFFLINE' if offline else ''))
+    configs = ['config.json', 'unet/config.json', 'scheduler_config.json',
+               'scheduler/scheduler_config.json']
+    fix = (f'. If you meant a folder, there is none at {name!r}. Otherwise fetch the model where '
+           f'there is a network (hf download {name}), and give the folder, '
+           "or copy it into the hub's cache" + ('; or unset HF_HUB_OFFLINE' if offline else ''))
     for weights in (WEIGHTS_NAME, BIN_NAME):
-        try: folder = snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=offline, allow_patterns=configs + [weights, f'unet/{weights}'])
-        except LocalEntryNotFoundError as e: folder = getattr(e, 'snapshot_path', None) # some files are in the cache: perhaps enough
-        except Exception as e: raise UserError(f'cannot fetch {name} from the hub ({(str(e) or type(e).__name__).splitlines()[0][:160]}){mend}') from None
+        try:
+            folder = snapshot_download(name, revision=revision, cache_dir=cache_dir,
+                                       local_files_only=offline,
+                                       allow_patterns=configs + [weights, f'unet/{weights}'])
+        # some files are in the cache: perhaps enough
+        except LocalEntryNotFoundError as e: folder = getattr(e, 'snapshot_path', None)
+        except Exception as e:
+            raise UserError(f'cannot fetch {name} from the hub '
+                            f'({(str(e) or type(e).__name__).splitlines()[0][:160]}){fix}') from None
         with contextlib.suppress(UserError):
             if folder: find_unet(folder); return Path(folder)
-    why = 'HF_HUB_OFFLINE is set and it is not in the cache' if offline else 'the hub cannot be reached, or holds no UNet2DModel of that name'
-    raise UserError(f'cannot fetch {name} from the hub: {why}{mend}')
+    why = ('HF_HUB_OFFLINE is set and it is not in the cache' if offline
+           else 'the hub cannot be reached, or holds no UNet2DModel of that name')
+    raise UserError(f'cannot fetch {name} from the hub: {why}{fix}')
 
-def load_hub(name:str, revision=None, sha256:str|None=None, cache_dir=None) -> EpsUNet: # 'owner/name'; a commit, branch or tag
+def load_hub(name:str,      # 'owner/name'
+             revision=None, # a commit, branch or tag
+             sha256:str|None=None, cache_dir=None) -> EpsUNet:
     "An unconditional `UNet2DModel` from the hub, such as `google/ddpm-celebahq-256`"
     return load_folder(fetch_hub(name, revision, cache_dir), sha256, name, note=False)

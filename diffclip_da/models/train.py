@@ -21,7 +21,7 @@ from ..data import ImageSet, celeba, image_folder
 from ..diffusion.reverse import diffusion_loss, p2_weight
 from ..diffusion.schedule import Schedule, linear_schedule
 from .load import load_unet
-from .loop import (NanLoss, Training, bfloat16_or_not, moving_average, rate_factor,
+from .loop import (TrainingLoop, bfloat16_or_not, moving_average, rate_factor,
                                      set_rate)
 from .unet import EpsUNet, save_unet, small_unet
 from ..store import canonical_hash, tensor_hash
@@ -90,7 +90,8 @@ def train_step(state: TrainState, images, labels, schedule: Schedule, step: int)
     batch = training_batch(images, labels, state.model.n_classes, cfg, schedule, state.generator)
     x0, label, t, eps = (None if v is None else v[rank::world].to(dev) for v in batch)
     def eps_model(x_t, t):
-        with torch.autocast(dev.type, torch.bfloat16, enabled=cfg.bf16): return state.model(x_t, t, label)
+        with torch.autocast(dev.type, torch.bfloat16, enabled=cfg.bf16):
+            return state.model(x_t, t, label)
     loss = diffusion_loss(eps_model, x0, t, eps, schedule, weight=cfg.weight)
     state.opt.zero_grad(set_to_none=True); loss.backward()
     if world > 1:
@@ -111,32 +112,41 @@ def train_diffusion(model: EpsUNet,       # trained in place
                     device='cpu',
                     start: str = '',      # what the weights began as, for the checkpoint's settings
                    ) -> tuple:            # (averaged model in eval mode, loss of each step)
-    "Train from where `out` left off to `cfg.n_images`. A checkpoint of other pictures or settings is refused."
+    """Train from where `out` left off to `cfg.n_images`.
+
+    A checkpoint of other pictures or settings is refused."""
     check_training_set(model, images, labels)
     world = processes()[1]
     if cfg.batch_size % world:
-        raise UserError(f'batch_size = {cfg.batch_size} cannot be shared by {world} processes: give a multiple of {world}')
+        raise UserError(f'batch_size = {cfg.batch_size} cannot be shared by {world} processes: '
+                        f'give a multiple of {world}')
     state = TrainState(model, cfg, device)
     settings = dict(asdict(cfg), start=start, **training_identity(model, images, labels))
-    training = Training(Path(out) / 'checkpoint.pt', state.parts, settings, ('n_images', 'bf16'), state.generator)
+    training = TrainingLoop(Path(out) / 'checkpoint.pt', state.parts, settings, ('n_images', 'bf16'),
+                        state.generator)
     history = training.run(lambda k: train_step(state, images, labels, schedule, k), cfg.n_steps,
                            cfg.checkpoint_every, f'training, {cfg.batch_size} images a step')
     return state.average.module, history
 
 def training_identity(model: EpsUNet, images, labels) -> dict:
-    "What a checkpoint is bound to beside its settings: the pictures, their labels and the architecture, as hashes."
+    """What a checkpoint is bound to beside its settings: the pictures, their labels and the
+    architecture, as hashes."""
     config = {k: v for k, v in model.unet.config.items() if not k.startswith('_')}
-    network = canonical_hash([config, model.patch, model.n_classes, model.v_schedule and model.v_schedule.name])
-    return dict(images=tensor_hash(images)[:16], labels=None if labels is None else tensor_hash(labels)[:16], network=network)
+    network = canonical_hash([config, model.patch, model.n_classes,
+                              model.v_schedule and model.v_schedule.name])
+    return dict(images=tensor_hash(images)[:16],
+                labels=None if labels is None else tensor_hash(labels)[:16], network=network)
 
 # %% ../../nbs/08_train.ipynb #3557a7ed
 def check_training_set(model: EpsUNet, images, labels):
     "Sizes, types and label values, before any work"
     s, k = model.image_size, model.n_classes
     if images.dtype != torch.uint8 or images.dim() != 4:
-        raise UserError(f'images must be uint8 [n, c, h, w], got {images.dtype} {tuple(images.shape)}')
+        raise UserError(f'images must be uint8 [n, c, h, w], got {images.dtype} '
+                        f'{tuple(images.shape)}')
     if images.shape[-2:] != (s, s):
-        raise UserError(f'images are {images.shape[-2]}x{images.shape[-1]}, the model wants {s}x{s}: '
+        raise UserError(f'images are {images.shape[-2]}x{images.shape[-1]}, the model wants '
+                        f'{s}x{s}: '
                         'resize them, or build the model for their size')
     if not len(images): raise UserError('the training set is empty')
     if not k: return
@@ -144,7 +154,8 @@ def check_training_set(model: EpsUNet, images, labels):
         raise UserError(f'{len(images)} images but {0 if labels is None else len(labels)} labels: '
                         'a class-conditional model needs one each')
     if labels.min() < 0 or labels.max() >= k:
-        raise UserError(f'labels must lie in 0..{k - 1}, got {labels.min().item()}..{labels.max().item()}')
+        raise UserError(f'labels must lie in 0..{k - 1}, got '
+                        f'{labels.min().item()}..{labels.max().item()}')
 
 # %% ../../nbs/08_train.ipynb #c83bd4ce
 @dataclass(frozen=True)
@@ -153,45 +164,56 @@ class Options:
     out: str                # folder for checkpoint.pt and model/
     celeba: str = ''        # CelebA folder; its training partition is used, with the labels of Male
     images: str = ''        # any folder of images, instead
-    labels: str = ''        # of these images: a CSV, or "folders" for a folder per class; default: no labels
+    # of these images: a CSV, or "folders" for a folder per class; default: no labels
+    labels: str = ''
     image_size: int = 64    # pixels
-    v: bool = False         # predict velocity (notebook 07), better for short trainings; its error has weight (1 + SNR)^-0.5
-    init: str = ''          # start from this U-Net: "shipped" or a folder; its size and classes must fit
+    v: bool = False         # predict velocity (notebook 07), its error weighed by (1 + SNR)^-0.5
+    # start from this U-Net: "shipped" or a folder; its size and classes must fit
+    init: str = ''
     device: str|None = None # cpu, cuda, mps; the best one by default
     config: TrainConfig = field(default_factory=TrainConfig)
 
 def training_pictures(images: ImageSet, size: int) -> torch.Tensor: # [n, 3, size, size] uint8
     "A whole set in memory, a byte a value"
-    parts = [to_uint8(x) for _, x in progress(images.batches(size, 256), 'reading', -(-len(images) // 256))]
+    parts = [to_uint8(x)
+             for _, x in progress(images.batches(size, 256), 'reading', -(-len(images) // 256))]
     return torch.cat(parts) if parts else torch.zeros(0, 3, size, size, dtype=torch.uint8)
 
 def initial_unet(options: Options, n_classes: int) -> EpsUNet:
     "The network before its first step: at random, or a copy of another one that fits."
     torch.manual_seed(options.config.seed)
-    model = small_unet(options.image_size, n_classes=n_classes, v_schedule=linear_schedule() if options.v else None)
+    model = small_unet(options.image_size, n_classes=n_classes,
+                       v_schedule=linear_schedule() if options.v else None)
     if not options.init: return model
     there = load_unet(options.init)
-    def what(m): return f"{m.image_size} px, {m.n_classes} classes, predicting {'v' if m.v_schedule else 'noise'}"
+    def what(m):
+        return f"{m.image_size} px, {m.n_classes} classes, predicting {'v' if m.v_schedule else 'noise'}"
     if what(there) != what(model):
-        raise UserError(f'--init {options.init} is a network of {what(there)}; asked for is one of {what(model)}: '
+        raise UserError(f'--init {options.init} is a network of {what(there)}; asked for is one of '
+                        f'{what(model)}: '
                         'give --v, --image-size and data that fit, or leave --init out')
     try: model.load_state_dict(there.state_dict())
     except RuntimeError as e:
-        raise UserError(f'--init {options.init} has another architecture ({str(e).splitlines()[1].strip()[:120]}); leave it out') from None
+        raise UserError(f'--init {options.init} has another architecture '
+                        f'({str(e).splitlines()[1].strip()[:120]}); leave it out') from None
     return model
 
 @friendly_exit
 def main(argv=None) -> int:
     "`python -m diffclip_da.models.train`: 0 done, 2 bad input, 130 interrupted"
     o = command(Options, argv, 'python -m diffclip_da.models.train')
-    if bool(o.celeba) == bool(o.images): raise UserError('give exactly one of --celeba and --images')
+    if bool(o.celeba) == bool(o.images):
+        raise UserError('give exactly one of --celeba and --images')
     device, cfg = local_device(o.device), o.config
     cfg = replace(cfg, bf16=bfloat16_or_not(cfg.bf16, device))
-    if o.v: cfg = replace(cfg, of_v=True, p2_gamma=.5 if cfg.p2_gamma == TrainConfig.p2_gamma else cfg.p2_gamma)
+    if o.v:
+        cfg = replace(cfg, of_v=True,
+                      p2_gamma=.5 if cfg.p2_gamma == TrainConfig.p2_gamma else cfg.p2_gamma)
     source = celeba(o.celeba, 'train') if o.celeba else image_folder(o.images, o.labels or None)
     labels = source.labels_of() if o.celeba or o.labels else None
     model = initial_unet(o, len(source.classes) if labels is not None else 0)
-    model, _ = train_diffusion(model, training_pictures(source, o.image_size), labels, linear_schedule(), cfg, o.out, device, o.init)
+    model, _ = train_diffusion(model, training_pictures(source, o.image_size), labels,
+                               linear_schedule(), cfg, o.out, device, o.init)
     if processes()[0]: return 0
     save_unet(model, Path(o.out) / 'model', torch.float16)
     print(f'wrote {Path(o.out) / "model"}')

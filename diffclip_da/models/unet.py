@@ -31,9 +31,9 @@ class EpsUNet(nn.Module):
     def __init__(self,
                  unet: UNet2DModel,  # predicts noise on `[b, c*patch**2, h/patch, w/patch]`
                  patch: int = 1,     # side of the block of pixels folded into channels
-                 n_classes: int = 0, # 0: unconditional; else the embedding has n_classes + 1 rows, the last is "no label"
-                 v_schedule: Schedule | None = None, # the network predicts v under this schedule; None: it predicts eps
-                 info: dict | None = None): # name, sha256 and provenance, for the record of a figure
+                 n_classes: int = 0, # 0: unconditional; else n_classes + 1 embeddings, the last is "no label"
+                 v_schedule: Schedule | None = None, # of the v that the network predicts; None: it predicts eps
+                 info: dict | None = None): # name, sha256, provenance: for the record of a figure
         super().__init__()
         self.unet, self.patch, self.n_classes, self.v_schedule = unet, patch, n_classes, v_schedule
         self.info = info or dict(name='random', sha256=None, provenance='random')
@@ -51,14 +51,17 @@ class EpsUNet(nn.Module):
                 label=None,       # int or [b]; None: no label
                 delta_h=None,     # added to the bottleneck's output; broadcasts over [b, c, h', w']
                 **unknown) -> torch.Tensor: # eps, shape of x_t
-        if unknown: raise UserError(f'a U-Net has no condition {", ".join(unknown)}; there are label and delta_h')
+        if unknown:
+            raise UserError(f'a U-Net has no condition {", ".join(unknown)}; there are label and '
+                            'delta_h')
         b, kw = x_t.shape[0], {}
         t = torch.as_tensor(t, device=x_t.device).expand(b)
         if self.n_classes:
             label = self.n_classes if label is None else label
             kw['class_labels'] = torch.as_tensor(label, device=x_t.device).expand(b)
         elif label is not None:
-            raise UserError('this U-Net is unconditional: call it without `label`, or train one with n_classes > 0')
+            raise UserError('this U-Net is unconditional: call it without `label`, or train one '
+                            'with n_classes > 0')
         with edited(self.bottleneck, delta_h):
             out = self.unet(F.pixel_unshuffle(x_t, self.patch), t, return_dict=False, **kw)[0]
         out = F.pixel_shuffle(out, self.patch)
@@ -66,13 +69,16 @@ class EpsUNet(nn.Module):
 
 @contextlib.contextmanager
 def edited(module: nn.Module, delta): # tensor or number; None: nothing happens
-    "While the block runs, `module` answers with its output plus `delta`; hooks of others see the sum."
+    """While the block runs, `module` answers with its output plus `delta`; hooks of others see the
+    sum."""
     if delta is None: yield; return
     def add(module, args, out):
         d = torch.as_tensor(delta).to(out)
         try: fits = torch.broadcast_shapes(d.shape, out.shape) == out.shape
         except RuntimeError: fits = False
-        if not fits: raise UserError(f'delta_h is {list(d.shape)}, the bottleneck {list(out.shape)}: give one number for each of these, or a shape that broadcasts')
+        if not fits:
+            raise UserError(f'delta_h is {list(d.shape)}, the bottleneck {list(out.shape)}: give '
+                            'one number for each of these, or a shape that broadcasts')
         return out + d
     handle = module.register_forward_hook(add, prepend=True)
     try: yield
@@ -88,49 +94,64 @@ def small_unet(image_size: int = 64,          # pixels, a multiple of patch * 2*
               ) -> EpsUNet:                   # randomly initialised
     "The 64 px U-Net of the embedded and celeba64 profiles"
     n, groups = len(channels) - 1, min(32, min(channels))
-    if image_size % (patch * 2**n): raise UserError(f'image_size {image_size} must be a multiple of {patch * 2**n} (patch * 2**levels): choose another size or fewer levels')
-    unet = UNet2DModel(sample_size=image_size // patch, in_channels=3 * patch**2, out_channels=3 * patch**2,
-                       block_out_channels=tuple(channels), layers_per_block=layers, attention_head_dim=min(32, channels[-1]), norm_num_groups=groups,
-                       down_block_types=('DownBlock2D',) * n + ('AttnDownBlock2D',), up_block_types=('AttnUpBlock2D',) + ('UpBlock2D',) * n,
+    if image_size % (patch * 2**n):
+        raise UserError(f'image_size {image_size} must be a multiple of {patch * 2**n} (patch * '
+                        '2**levels): choose another size or fewer levels')
+    unet = UNet2DModel(sample_size=image_size // patch, in_channels=3 * patch**2,
+                       out_channels=3 * patch**2,
+                       block_out_channels=tuple(channels), layers_per_block=layers,
+                       attention_head_dim=min(32, channels[-1]), norm_num_groups=groups,
+                       down_block_types=('DownBlock2D',) * n + ('AttnDownBlock2D',),
+                       up_block_types=('AttnUpBlock2D',) + ('UpBlock2D',) * n,
                        num_class_embeds=n_classes + 1 if n_classes else None)
     return EpsUNet(unet, patch, n_classes, v_schedule)
 
 # %% ../../nbs/07_unet.ipynb #a6e14bec
 def tiny_unet(image_size: int = 16, n_classes: int = 0, seed: int = 0) -> EpsUNet:
-    "A random U-Net of some 60,000 parameters, for tests and lessons: fast, deterministic, knows nothing"
+    """A random U-Net of some 60,000 parameters, for tests and lessons: fast, deterministic, knows
+    nothing"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return small_unet(image_size, channels=(16, 32), patch=2, n_classes=n_classes).eval()
 
 # %% ../../nbs/07_unet.ipynb #1258ec9d
 WEIGHTS_NAME = 'diffusion_pytorch_model.safetensors'
-V_SCHEDULES = {None: None, 'linear': linear_schedule()} # a model's v is bound to the schedule it was trained with
+# a model's v is bound to the schedule it was trained with
+V_SCHEDULES = {None: None, 'linear': linear_schedule()}
 
 def save_unet(model: EpsUNet, folder, # created where missing
               dtype=torch.float32):   # of the stored tensors; float16 halves the file
     "Write `config.json`, `diffclip.json` and the weights, each under a temporary name first"
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
     model.unet.save_config(folder)
-    write_json(folder / 'diffclip.json', dict(patch=model.patch, n_classes=model.n_classes, v_schedule=model.v_schedule and model.v_schedule.name))
-    state = {k: v.detach().to('cpu', dtype).contiguous() for k, v in model.unet.state_dict().items()}
-    with atomic_write(folder / WEIGHTS_NAME) as f: f.write(safetensors_bytes(state, metadata=dict(format='pt')))
+    write_json(folder / 'diffclip.json',
+               dict(patch=model.patch, n_classes=model.n_classes,
+                    v_schedule=model.v_schedule and model.v_schedule.name))
+    state = {k: v.detach().to('cpu', dtype).contiguous()
+             for k, v in model.unet.state_dict().items()}
+    with atomic_write(folder / WEIGHTS_NAME) as f:
+        f.write(safetensors_bytes(state, metadata=dict(format='pt')))
 
 # %% ../../nbs/07_unet.ipynb #a5e3d3d2
 def read_unet(folder,         # that `save_unet` wrote, or diffusers' `save_pretrained`
               **networks,     # classes beside UNet2DModel, by the name that `config.json` gives them
              ) -> EpsUNet:
-    "The U-Net of a folder. `UserError` names the file that is missing, damaged or of another model."
+    """The U-Net of a folder.
+
+    `UserError` names the file that is missing, damaged or of another model."""
     folder = Path(folder)
     config, weights, own = folder / 'config.json', folder / WEIGHTS_NAME, folder / 'diffclip.json'
     for p in (config, weights):
-        if not p.exists(): raise UserError(f'{p} is missing: {folder} should hold config.json and {WEIGHTS_NAME}, '
+        if not p.exists():
+            raise UserError(f'{p} is missing: {folder} should hold config.json and {WEIGHTS_NAME}, '
                                            'as UNet2DModel.save_pretrained writes them')
     said, extra = read_json(config), read_json(own) if own.exists() else {}
     state = read_tensors(weights, flat=True)
     unet = networks.get(said.get('_class_name'), UNet2DModel).from_config(said)
     try: unet.load_state_dict({k: v.float() for k, v in state.items()})
     except RuntimeError as e:
-        raise UserError(f'{weights} does not fit {config}: {str(e).splitlines()[1].strip()}; take both from the same model') from e
+        raise UserError(f'{weights} does not fit {config}: {str(e).splitlines()[1].strip()}; take '
+                        'both from the same model') from e
     v_schedule = V_SCHEDULES[extra.pop('v_schedule', None)]
     info = dict(name=folder.name, sha256=sha256_file(weights), provenance='published')
     return EpsUNet(unet, **extra, v_schedule=v_schedule, info=info)

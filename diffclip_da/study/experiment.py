@@ -11,10 +11,12 @@ import contextlib, sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
 import torch
+import tyro
 
 from ..adaptation.adapter import Adapter
 from ..core import UserError, command, default_device, friendly_exit, progress
@@ -239,7 +241,7 @@ def compare_records(new: dict, committed: dict) -> pd.DataFrame: # -> metric, ne
 @dataclass(frozen=True)
 class Figures:
     "Make the three figures of a profile."
-    profile: str               # embedded, celeba64, paper or toy
+    profile: Annotated[str, tyro.conf.Positional] # embedded, celeba64, paper or toy
     celeba: str = ''           # CelebA's folder (default: the environment variable CELEBA)
     set: tuple[str, ...] = ()  # replace settings, such as n_inv=20 recipe__lr=1e-4
     root: str | None = None    # folder of caches (default: runs)
@@ -249,8 +251,8 @@ class Figures:
 @dataclass(frozen=True)
 class Compare:
     "Exit with 1 unless NEW agrees with COMMITTED within its tolerance."
-    new: str                   # a figure's .json
-    committed: str             # another one
+    new: Annotated[str, tyro.conf.Positional]       # a figure's .json
+    committed: Annotated[str, tyro.conf.Positional] # another one
 
 @friendly_exit
 def main(argv=None) -> int:

@@ -238,7 +238,7 @@ def plot_methods(rows:pd.DataFrame, # columns method, sees (of `GROUPS`), test, 
     axs[-1].legend(handles=handles, title='sees of the target', loc='lower right', fontsize=8)
     return fig
 
-# %% ../../nbs/15e_figures.ipynb #8c1ea41c
+# %% ../../nbs/15e_figures.ipynb #62da5b90
 def plot_sweeps(table:pd.DataFrame, # columns panel, x, method, test, balanced_accuracy: a row for each seed
                ) -> plt.Figure:
     "One panel for each setting."
@@ -255,7 +255,7 @@ def plot_sweeps(table:pd.DataFrame, # columns panel, x, method, test, balanced_a
         sns.pointplot(r.assign(x=r.x.map(values.index)), x='x', y='balanced_accuracy', hue='line', hue_order=here,
                       palette=palette, linestyles=['--' if dashed[k] else '-' for k in here],
                       markers=['s' if dashed[k] else 'o' for k in here],
-                      errorbar=whisker, dodge=.15, ax=ax, native_scale=True)
+                      errorbar=whisker, dodge=len(here) > 1 and .15, ax=ax, native_scale=True)
         ax.set(title=name, xlabel='', ylabel='balanced accuracy', xticks=range(len(values)), xticklabels=values)
         ax.legend(fontsize=7, title=None, loc='upper left' if name == panels[0] else 'lower right')
     return fig
@@ -336,7 +336,7 @@ def plot_losses(table:pd.DataFrame, images:pd.DataFrame, groups:pd.DataFrame, # 
     bottom.suptitle('worst first: the label flips, or the judge loses most confidence', fontsize=10)
     return fig
 
-# %% ../../nbs/15e_figures.ipynb #09fd627b
+# %% ../../nbs/15e_figures.ipynb #49718f86
 def plot_scripts(before, pictures:dict, said:dict, n:int=9) -> plt.Figure: # [m, 3, h, w]; name -> the same; name -> text
     "The same photos by each of the ways, with their numbers."
     set_style()
@@ -357,7 +357,7 @@ def plot_guides(table:pd.DataFrame, # columns guide, method, balanced_accuracy: 
     ax = left.subplots()
     palette = dict(zip(table.guide.unique(), (COLOURS[k] for k in ('source', 'adapted', 'other'))))
     sns.pointplot(table.assign(method=table.method.str.replace('_', ' ')), x='method', y='balanced_accuracy',
-                  hue='guide', palette=palette, dodge=.3, linestyle='none', errorbar=whisker, ax=ax)
+                  hue='guide', palette=palette, dodge=len(palette) > 1 and .3, linestyle='none', errorbar=whisker, ax=ax)
     ax.set(ylabel=f'balanced accuracy on {target}', xlabel='')
     axs = show_rows(right, [x[:7] for x in pictures.values()])
     for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left')
