@@ -119,8 +119,8 @@ def check_zip(path):
     "Raise `UserError` unless `path` is a complete zip; a web page under that name is recognised."
     check_not_html(path)
     if not zipfile.is_zipfile(path):
-        raise UserError(f'{path}: not a complete zip ({Path(path).stat().st_size:,} bytes); '
-                        'the download was probably cut short: fetch it again')
+        raise UserError(f'{path}: not a complete zip ({Path(path).stat().st_size:,} bytes); the '
+                        'download was probably cut short: fetch it again')
 
 # %% ../nbs/06_data.ipynb #f60d017b
 ATTRIBUTE_WORDS = {   # attribute -> (wordings for yes, wordings for no)
@@ -335,8 +335,7 @@ def _csv_rows(path) -> list[tuple]:
         rows = [(n, [f.strip() for f in r]) for n, r in enumerate(read, 1)]
     except (csv.Error, UnicodeDecodeError) as e:
         raise UserError(f'{path}: not a readable CSV ({e}); it needs a header line "id,label" and '
-                        'one line per '
-                        'image, in UTF-8') from None
+                        'one line per image, in UTF-8') from None
     for _, r in rows:
         while r and not r[-1]: r.pop()
     return [(n, r) for n, r in rows if r]
@@ -346,18 +345,15 @@ def read_labels_csv(path) -> pd.DataFrame:
     rows = _csv_rows(path)
     if not rows:
         raise UserError(f'{path}: not a readable CSV (it is empty); it needs a header line '
-                        '"id,label" and one '
-                        'line per image')
+                        '"id,label" and one line per image')
     (_, header), *rows = rows
     if lack := [c for c in ('id', 'label') if c not in header]:
         raise UserError(f'{path}: no column {" and no column ".join(lack)}; the first line must be '
-                        'the header '
-                        f'"id,label", found "{",".join(header)}"')
+                        f'the header "id,label", found "{",".join(header)}"')
     for n, r in rows:
         if len(r) > len(header):
             raise UserError(f'{path}: row {n} has {len(r)} fields, the header {len(header)}: '
-                            f'{",".join(r)[:60]!r}; '
-                            'put quotes around a field that holds a comma')
+                            f'{",".join(r)[:60]!r}; put quotes around a field that holds a comma')
     full = [r + [''] * (len(header) - len(r)) for _, r in rows]
     df = pd.DataFrame(full, columns=header, dtype=str)
     if (df.id.duplicated()).any():
@@ -366,8 +362,7 @@ def read_labels_csv(path) -> pd.DataFrame:
     if (bad := (df.label == '') | (df.id == '')).any():
         n = rows[int(np.flatnonzero(bad)[0])][0]
         raise UserError(f'{path}: no label for {few(df.id[bad])} (row {n}); fill it in or take the '
-                        'image out of '
-                        'the folder')
+                        'image out of the folder')
     return df.set_index('id')
 
 # %% ../nbs/06_data.ipynb #5c53e3d7
@@ -380,8 +375,7 @@ def label_indices(label:pd.Series, # texts by id
     if classes is None:
         if len(found) < 2:
             raise UserError(f'{where}: every image has the label {few(found)}; a classifier needs '
-                            'images of two '
-                            'classes or more')
+                            'images of two classes or more')
         numbers = all(re.fullmatch(r'-?\d+', c) for c in found)
         classes = sorted(found, key=int) if numbers else sorted(found)
     if unknown := found - set(classes):
@@ -395,18 +389,15 @@ def _labels_in(root, ids, labels) -> pd.Series:
     if str(labels) == 'folders':
         if loose := [i for i in ids if '/' not in i]:
             raise UserError(f'{root}: {few(loose)} lie in no class folder; with labels="folders" '
-                            'each image lies in '
-                            'the folder of its class')
+                            'each image lies in the folder of its class')
         return pd.Series({i: i.split('/')[0] for i in ids})
     label = read_labels_csv(labels).label
     if unknown := set(label.index) - set(ids):
         raise UserError(f'{labels}: {len(unknown):,} ids have no image in {root}: {few(unknown)}; '
-                        'an id is the path '
-                        'below the folder, suffix included')
+                        'an id is the path below the folder, suffix included')
     if missing := set(ids) - set(label.index):
         raise UserError(f'{labels}: no line for {len(missing):,} images of {root}: {few(missing)}; '
-                        'add them, or move '
-                        'those images away')
+                        'add them, or move those images away')
     return label
 
 def image_folder(root,          # a folder (searched with its sub-folders) or a zip
@@ -454,8 +445,8 @@ def _read_pairs(path) -> dict[str, int]:
             name, value = line.split()
             value = int(value)
         except ValueError:
-            raise UserError(f'{path}: line {n} is {line[:60]!r}, expected "name.jpg number"; '
-                            'fetch the file again') from None
+            raise UserError(f'{path}: line {n} is {line[:60]!r}, expected "name.jpg number"; fetch '
+                            'the file again') from None
         if name in pairs:
             raise UserError(f'{path}: {name} is given twice (line {n}); fetch the file again')
         pairs[name] = value
@@ -469,8 +460,7 @@ def read_attribute(path, attribute:str) -> dict[str, int]:
     names = lines[1].split() if len(lines) > 1 else []
     if not names or not lines[0].strip().isdigit():
         raise UserError(f'{path}: not a CelebA attribute file (line 1: number of images, line 2: '
-                        'attribute '
-                        'names); fetch it again')
+                        'attribute names); fetch it again')
     if attribute not in names:
         near = difflib.get_close_matches(attribute, names, 3, .4) or names
         raise UserError(f'{path}: no attribute {attribute!r}; did you mean {", ".join(near)}?')
@@ -479,15 +469,13 @@ def read_attribute(path, attribute:str) -> dict[str, int]:
         if not (f := line.split()): continue
         if len(f) != len(names) + 1 or f[col] not in ('1', '-1', '0'):
             raise UserError(f'{path}: line {n} does not hold a name and {len(names)} values of -1 '
-                            'or 1; '
-                            'fetch the file again')
+                            'or 1; fetch the file again')
         if f[0] in values:
             raise UserError(f'{path}: {f[0]} is given twice (line {n}); fetch the file again')
         values[f[0]] = int(f[col] == '1')
     if len(values) != int(lines[0]):
         raise UserError(f'{path}: {len(values):,} lines, but its first line says '
-                        f'{int(lines[0]):,}; '
-                        'the download was cut short: fetch it again')
+                        f'{int(lines[0]):,}; the download was cut short: fetch it again')
     return values
 
 # %% ../nbs/06_data.ipynb #3d439993
@@ -501,8 +489,7 @@ def _celeba_images(root:Path) -> tuple[Store, dict[str, str]]:
         files = {n.rsplit('/', 1)[-1]: n for n in images}
         if files: return store, files
     raise UserError(f'{root}: no img_align_celeba.zip and no folder img_align_celeba with images; '
-                    'download '
-                    '"Align&Cropped Images" from the CelebA page and put it there')
+                    'download "Align&Cropped Images" from the CelebA page and put it there')
 
 # %% ../nbs/06_data.ipynb #32d6fdee
 def _celeba_lists(root:Path, attribute) -> list:
@@ -522,6 +509,9 @@ def celeba(root,                    # folder of the data set
     """CelebA, matched by file name; `identity` maps names to persons if that file is there.
 
     Images in no list are dropped; a listed one that is missing is an error.
+
+    >>> celeba('celeba/', 'test', 'Smiling').classes
+    ['not Smiling', 'Smiling']
     """
     root, part = Path(root), PARTITIONS.get(partition, partition)
     if part not in (0, 1, 2):
@@ -538,12 +528,10 @@ def celeba(root,                    # folder of the data set
     for source, known in ((store.path, files), (attr, labels), (person, identity)):
         if known is not None and (missing := [i for i in ids if i not in known]):
             raise UserError(f'{source}: {len(missing):,} of the {len(ids):,} images of partition '
-                            f'{part} are '
-                            f'missing: {few(missing)}; unpack or fetch it again')
+                            f'{part} are missing: {few(missing)}; unpack or fetch it again')
     if labels is not None and len({labels[i] for i in ids}) < 2:
         raise UserError(f'{attr}: all images of partition {part} have the same value of '
-                        f'{attribute}; '
-                        'take another attribute')
+                        f'{attribute}; take another attribute')
     name = f'celeba-{ {v: k for k, v in PARTITIONS.items()}[part]}'
     people = identity and {i: f'celeba {identity[i]}' for i in ids}
     return ImageSet(name, store, {i: files[i] for i in ids}, labels, attribute_classes(attribute),
@@ -562,10 +550,9 @@ def _fs2k_labels(rows:dict, attribute:str, where) -> dict:
     "Label of each pair, or `UserError` when FS2K does not know the attribute."
     if attribute not in FS2K_ATTRIBUTES:
         raise UserError(f'FS2K knows nothing of {attribute}; it is labelled with '
-                        f'{" and ".join(FS2K_ATTRIBUTES)} '
-                        'only: take one of these, or give labelled pictures of your own as the '
-                        'target (a folder '
-                        'with a CSV, or a folder per class)')
+                        f'{" and ".join(FS2K_ATTRIBUTES)} only: take one of these, or give '
+                        'labelled pictures of your own as the target (a folder with a CSV, or a '
+                        'folder per class)')
     column, values = FS2K_ATTRIBUTES[attribute]
     if bad := [i for i, r in rows.items() if str(r.get(column)) not in values]:
         raise UserError(f'{where}: {column} of {few(bad)} is none of {", ".join(values)}; fetch '
@@ -627,16 +614,16 @@ def check_splits(*sets:ImageSet, content=True # also compare the images' bytes
                 if both := [k for k in marks[a] if k[0] == what and k in marks[b]]:
                     pairs = [f'{marks[a][k]} and {marks[b][k]}' for k in both]
                     raise UserError(f'{sets[a].name} and {sets[b].name} share {say} '
-                                    f'({len(both):,}): {few(pairs)}; '
-                                    'take them out of one of the two')
+                                    f'({len(both):,}): {few(pairs)}; take them out of one of the '
+                                    'two')
 
 # %% ../nbs/06_data.ipynb #0ab386b0
 def labelled_split(image_set:ImageSet, n:int, seed:int, balanced=False) -> ImageSet:
     "`n` labelled images, each once; `balanced`: of each class as many, as near as `n` allows."
     image_set.labels_of()   # refuses an unlabelled set
     if not 2 <= n <= len(image_set):
-        raise UserError(f'{image_set.name}: cannot draw {n:,} of {len(image_set):,} images; '
-                        f'n must lie in 2 ... {len(image_set):,}')
+        raise UserError(f'{image_set.name}: cannot draw {n:,} of {len(image_set):,} images; n must '
+                        f'lie in 2 ... {len(image_set):,}')
     ids = sorted(image_set.ids)
     ids = [ids[k] for k in torch.randperm(len(ids), generator=new_generator(seed)).tolist()]
     if balanced:
@@ -646,8 +633,7 @@ def labelled_split(image_set:ImageSet, n:int, seed:int, balanced=False) -> Image
         short = [f'{c} ({len(g):,})' for c, g in zip(image_set.classes, groups) if len(g) < each]
         if short:
             raise UserError(f'{image_set.name}: too few images of {", ".join(short)} for {n:,} in '
-                            'equal parts; '
-                            'lower n or set balanced=False')
+                            'equal parts; lower n or set balanced=False')
         ids = [g[k] for k in range(each) for g in groups]   # one of each class in turn
     out = image_set.subset(ids[:n], f'{image_set.name}-{n}-seed{seed}')
     if len(set(out.labels.values())) < 2:
@@ -711,26 +697,23 @@ def find_folder(folder:str, variable:str, # '' stands for the environment variab
     for path in (Path(place).expanduser(), repo_root()/place):
         if place and path.is_dir(): return path
     where = f'{name} is not at {place}. ' if place else why
-    raise UserError(f"{where}{fetch} the environment variable {variable}; "
-                    "the profile 'embedded' needs no data")
+    raise UserError(f"{where}{fetch} the environment variable {variable}; the profile 'embedded' "
+                    "needs no data")
 
 def find_celeba(folder:str='') -> Path: # '': the environment variable CELEBA
     "CelebA's folder."
     return find_folder(folder, 'CELEBA', 'CelebA', 'this profile needs CelebA. ',
                        'Fetch img_align_celeba.zip, list_attr_celeba.txt, list_eval_partition.txt '
-                       'and '
-                       'identity_CelebA.txt from https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html '
-                       '(or run '
+                       'and identity_CelebA.txt from '
+                       'https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (or run '
                        'torchvision.datasets.CelebA(root, download=True)) and give their folder as '
-                       'the parameter '
-                       '`celeba` or')
+                       'the parameter `celeba` or')
 
 def find_fs2k(folder:str='') -> Path: # '': the environment variable FS2K
     "FS2K's folder."
     return find_folder(folder, 'FS2K', 'FS2K', 'hand-drawn sketches are needed. ',
                        'Fetch FS2K from https://github.com/DengPingFan/FS2K and give its folder as '
-                       'the parameter '
-                       '`fs2k` or')
+                       'the parameter `fs2k` or')
 
 @dataclass(frozen=True)
 class Dataset:
@@ -766,8 +749,7 @@ def load_dataset(name:str,         # one of `DATASETS`
 def _faces(split, folder='', attribute='Male'):
     if attribute != 'Male':
         raise UserError(f'attribute = {attribute!r}: the shipped faces are labelled female and '
-                        'male only; '
-                        'take a CelebA profile')
+                        'male only; take a CelebA profile')
     return shipped_faces(split)
 
 @dataset('celeba', 'CelebA')

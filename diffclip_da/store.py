@@ -100,8 +100,8 @@ def read_json(path):
     try: return json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError: raise UserError(f'{path}: no such file') from None
     except (UnicodeDecodeError, json.JSONDecodeError) as e:
-        raise UserError(f'{path}: not valid JSON ({e}); delete it so that it is made anew, '
-                        'or restore it') from None
+        raise UserError(f'{path}: not valid JSON ({e}); delete it so that it is made anew, or '
+                        'restore it') from None
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror}') from None
 
 # %% ../nbs/01b_store.ipynb #3ebc11cb
@@ -116,10 +116,8 @@ def check_not_html(path):
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror}') from None
     if page:
         raise UserError(f'{path}: this is a web page (HTML), not data. Google Drive sends such a '
-                        'page when too '
-                        'many people have fetched the file (quota): delete it, then download the '
-                        'file in a '
-                        'browser, or try again after a day')
+                        'page when too many people have fetched the file (quota): delete it, then '
+                        'download the file in a browser, or try again after a day')
 
 # %% ../nbs/01b_store.ipynb #39a4d4b9
 def read_tensors(path,       # a safetensors or PyTorch file
@@ -133,17 +131,14 @@ def read_tensors(path,       # a safetensors or PyTorch file
     try:
         if is_web_page(path):
             raise UserError(f'{path} is a web page, not a weights file: the download link served '
-                            'an error '
-                            'or a quota page; fetch it again')
+                            'an error or a quota page; fetch it again')
         if path.suffix == '.safetensors': return load_file(path)
         content = torch.load(path, map_location='cpu', weights_only=True)
     except UserError: raise
     except pickle.UnpicklingError:
         raise UserError(f'{path} holds something else than plain tensors, or is damaged; it is not '
-                        'opened, '
-                        'because a pickle can run code. Fetch it again, or ask whoever made it for '
-                        'the '
-                        'state_dict() alone') from None
+                        'opened, because a pickle can run code. Fetch it again, or ask whoever '
+                        'made it for the state_dict() alone') from None
     except Exception as e:   # a damaged pickle may fail in any way
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
         raise UserError(f'{path} cannot be read ({why}); it is cut short or damaged: fetch it '
@@ -171,8 +166,8 @@ def check_sha256(path, expected:str):
     "Raise `UserError` unless the file's SHA-256 is `expected`."
     got = sha256_file(path)
     if got != expected.lower():
-        raise UserError(f'{path}: SHA-256 is {got[:12]}..., expected {expected[:12]}...; '
-                        'the file is damaged or another version: fetch it again')
+        raise UserError(f'{path}: SHA-256 is {got[:12]}..., expected {expected[:12]}...; the file '
+                        'is damaged or another version: fetch it again')
 
 # %% ../nbs/01b_store.ipynb #f8a57f3c
 def canonical_hash(obj, # dataclasses, dicts, lists, tensors, scalars, however nested
@@ -262,7 +257,8 @@ def _stamp(tensors:dict) -> tuple:
     def version(v): return 0 if v.is_inference() else v._version
     marks = tuple((k, v.data_ptr(), version(v), str(v.dtype), str(v.device))
                   for k, v in tensors.items())
-    sums = [v.detach().sum(dtype=torch.float32) for v in tensors.values() if v.dtype != torch.bool]
+    some = [v.detach().flatten()[::max(1, v.numel() // 64)] for v in tensors.values()]
+    sums = [v.sum(dtype=torch.float32) for v in some if v.dtype != torch.bool]
     return marks, tuple(torch.stack(sums).tolist()) if sums else ()
 
 def _weights_hash(model:nn.Module) -> str:
@@ -284,9 +280,8 @@ def fingerprint(model) -> str|None: # a module, something with a text `.fingerpr
         return canonical_hash([_settings(model), _weights_hash(model)], 64)
     name = getattr(model, '__qualname__', type(model).__qualname__)
     raise UserError(f'{name} is a bare function or object, so nobody can tell its results from '
-                    'those of '
-                    'another: make it an nn.Module, or give it a text attribute `fingerprint` that '
-                    'changes with everything its output depends on')
+                    'those of another: make it an nn.Module, or give it a text attribute '
+                    '`fingerprint` that changes with everything its output depends on')
 
 # %% ../nbs/01b_store.ipynb #646b65a0
 def _read_sources() -> dict[str, str]:
@@ -533,9 +528,8 @@ def _outer(o, seen):
                 if isinstance(v, methods): yield from _roots(v, seen)
             return
         raise UserError(f'{o.__qualname__}: its source cannot be read, so its results cannot be '
-                        'told from '
-                        'those of another version; define it with `def` in a file or a notebook '
-                        'cell') from None
+                        'told from those of another version; define it with `def` in a file or a '
+                        'notebook cell') from None
     yield ast.unparse(tree)
     space = getattr(o, '__globals__', None) or vars(sys.modules.get(o.__module__, types))
     for n in sorted(global_names(ast.unparse(tree))):
@@ -663,8 +657,8 @@ def asset_file(name:str, filename:str) -> Path:
     files = load_card(name).get('files', {})
     path = asset_dir(name)/filename
     if filename not in files:
-        raise UserError(f'{asset_dir(name)}/card.json lists no file {filename!r}; '
-                        f'it lists: {", ".join(files) or "none"}')
+        raise UserError(f'{asset_dir(name)}/card.json lists no file {filename!r}; it lists: '
+                        f'{", ".join(files) or "none"}')
     if not path.exists():
         raise UserError(f'{path} is missing although its card lists it; reinstall the package')
     st = path.stat()

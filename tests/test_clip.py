@@ -132,7 +132,7 @@ def test_unknown_tag_lists_the_tags():
     with pytest.raises(UserError, match="no weights 'mine'.*openai"): load_guide('ViT-B-16', 'mine')
 
 
-def test_without_network_the_mend_is_named(monkeypatch):
+def test_without_network_the_fix_is_named(monkeypatch):
     def offline(*args, **kwargs): raise RuntimeError('Failed to download weights: connection refused')
     monkeypatch.setattr(C.open_clip, 'create_model', offline)
     for name in ('ViT-B-16', 'hf-hub:somebody/something'):

@@ -54,7 +54,8 @@ def test_records_are_whole():
 
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path):
-    made = [save_figure(plot_histories(history(), .6, 'sketch', 'c', 't'), record(), None, tmp_path/n) for n in 'ab']
+    r = record()
+    made = [save_figure(plot_histories(history(), .6, 'sketch', 'c', 't'), r, None, tmp_path/n) for n in 'ab']
     for ext in ('png', 'pdf', 'json', 'csv'): assert made[0][ext].read_bytes() == made[1][ext].read_bytes()
     assert made[0]['csv'].read_text() == 'metric,mean,n_seeds\na,0.5,3\n'
 
@@ -93,7 +94,7 @@ def test_methods_are_sorted_and_coloured_by_what_they_see():
                          for m, s, v in (('oracle', 'target labels', .9), ('source_only', 'source only', .3), ('adapted', 'words', .6))])
     fig = plot_methods(rows, ['original', 'fs2k'], chance=1 / 3)
     ax = fig.axes[1]
-    assert [l.get_text() for l in ax.get_yticklabels()] == ['source only', 'adapted', 'oracle']
+    assert [l.get_text() for l in fig.axes[0].get_yticklabels()] == ['source only', 'adapted', 'oracle']
     dots = [(l.get_xdata()[0], l.get_color()) for l in ax.lines if l.get_marker() == 'o' and len(l.get_xdata()) == 1]
     assert dots == [(.3, COLOURS['source']), (.6, COLOURS['adapted']), (.9, COLOURS['other'])]
     assert any(np.allclose(l.get_xdata(), 1 / 3) for l in ax.lines)

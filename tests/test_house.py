@@ -1,6 +1,7 @@
 "The house rules: sync, rooms, public names, packaging, and no trace of the machine it was made on"
 import ast
 import configparser
+import contextlib
 import doctest
 import importlib
 import inspect
@@ -8,9 +9,13 @@ import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError, distributions, requires
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import encoded, picture, write_celeba
+from packaging.requirements import Requirement
 
 import diffclip_da
 from check_house import broken_rules
@@ -159,13 +164,21 @@ def bind_calls(snippet: str):
 
 @pytest.mark.parametrize('name', diffclip_da.__all__)
 def test_public_names_are_explained_with_an_example_that_is_right(name, tmp_path, monkeypatch):
-    "Lines with >>> are run; what stands between backquotes is read, and its calls are checked against the signatures"
+    """Lines with >>> are run, where photos/ and sketches/ hold cat/1.jpg and dog/1.jpg and labels.csv names both;
+    what stands between backquotes is read, and its calls are checked against the signatures"""
     monkeypatch.chdir(tmp_path)
+    for k, (folder, animal) in enumerate((f, a) for f in ('photos', 'sketches') for a in ('cat', 'dog')):
+        (tmp_path/folder/animal).mkdir(parents=True)
+        (tmp_path/folder/animal/'1.jpg').write_bytes(encoded(picture(k)))
+    write_celeba(tmp_path/'celeba')
+    (tmp_path/'labels.csv').write_text('id,label\ncat/1.jpg,cat\ndog/1.jpg,dog\n')
     doc = inspect.getdoc(getattr(diffclip_da, name)) or ''
     examples, short = doctest.DocTestParser().get_examples(doc), [s for s in snippets(doc) if re.search(rf'\b{name}\b', s)]
     assert examples or short, f'{name} has no example in its docstring: lines with >>>, or `{name}(...)`'
     for s in short: bind_calls(s)
-    test = doctest.DocTest(examples, {n: getattr(diffclip_da, n) for n in diffclip_da.__all__}, name, None, None, doc)
+    for e in examples: e.source = re.sub(r': \.\.\.\n$', ': pass\n', e.source)
+    names = {n: getattr(diffclip_da, n) for n in diffclip_da.__all__} | dict(torch=torch)
+    test = doctest.DocTest(examples, names, name, None, None, doc)
     said = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert runner.run(test, out=said.append).failed == 0, ''.join(said)
@@ -212,6 +225,16 @@ def test_requirements_are_ranges_and_constraints_pin_each_of_them():
     name = lambda s: re.split(r'[<>=!~\[ ]', s)[0].lower().replace('_', '-')
     pinned = {name(l): l for l in (ROOT / 'constraints.txt').read_text().split('\n') if '==' in l}
     for req in wanted: assert name(req) in pinned, req
+    # and what they need in turn, but for build tools and the libraries of a GPU, which differ from machine to machine
+    todo, seen = {name(r) for r in wanted}, set()
+    while todo:
+        seen.add(one := todo.pop())
+        with contextlib.suppress(PackageNotFoundError):
+            needs = [Requirement(r) for r in requires(one) or ()]
+            todo |= {name(r.name) for r in needs if r.marker is None or r.marker.evaluate(dict(extra=''))} - seen
+    apart = re.compile('nvidia|cuda|triton|setuptools|wheel|pip$')
+    installed = {name(d.metadata['Name']) for d in distributions()}
+    assert sorted(n for n in seen & installed if not apart.match(n) and n not in pinned) == []
 
 
 def test_no_tracked_file_names_the_machine_it_was_made_on():

@@ -19,7 +19,8 @@ from diffclip_da.models import published
 from diffclip_da.core import UserError
 from diffclip_da.store import sha256_file
 from diffclip_da.diffusion.ddim import invert, sample, step_pairs
-from diffclip_da.adaptation.finetune import FinetuneConfig, finetune
+from diffclip_da.adaptation.finetune import Recipe, finetune
+from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.published import (BIN_NAME, GuidedUNet, checked_sha256, download, guess_size, guided_config,
                                           load_folder, load_hub, load_weights)
 from diffclip_da.store import read_tensors
@@ -338,8 +339,8 @@ def test_each_kind_inverts_samples_and_can_be_tuned(tmp_path, x, kind):
     with torch.no_grad(): latents = invert(m, x0, pairs, schedule); back = sample(m, latents, pairs, schedule)
     assert back.shape == x0.shape and back.isfinite().all() and not torch.equal(back, x0)
     before = {k: v.clone() for k, v in m.state_dict().items()}
-    cfg = FinetuneConfig(t0=200, n_inv=2, n_gen=2, n_images=2, passes=1, batch_size=2, clip_weight=0., l1_weight=1., lr=1e-3)
-    tuned, history = finetune(m, x0, None, None, schedule, cfg)
+    recipe = Recipe(n_images=2, passes=1, images_per_update=2, clip_weight=0., l1_weight=1., id_weight=0., lr=1e-3)
+    tuned, history = finetune(m, x0, 'photo', 'sketch', None, None, schedule, Walk(t0=200, n=2), recipe)
     assert history.grad_norm.iloc[0] > 0 and all(torch.equal(v, before[k]) for k, v in m.state_dict().items())
     assert all(not torch.equal(v, before[k]) for k, v in tuned.state_dict().items() if k.endswith('conv_in.weight') or k.endswith('input_blocks.0.0.weight'))
     with pytest.raises(UserError, match='unconditional'): m(x, 3, label=1)
@@ -474,7 +475,7 @@ def spoiled(kind, s):
                                            ('cut', 'lacks tensors.*down.1.block.0.conv1.weight'), ('flat', 'of an odd shape'), ('scalar', 'of an odd shape'),
                                            ('grey', 'takes 1 channels.*RGB'), ('groups', 'etch it again'),
                                            ('foreign', "layout that is not known here.*visual.proj"), ('nothing', 'no tensors'), ('trojan', 'a pickle can run code')])
-def test_a_file_that_does_not_fit_names_itself_and_the_mend(tmp_path, kind, message):
+def test_a_file_that_does_not_fit_names_itself_and_the_fix(tmp_path, kind, message):
     path = tmp_path / 'm.ckpt'; torch.save(spoiled(kind, ddpm_state(layers=1)), path)
     with pytest.raises(UserError, match=message) as e: load_unet(path)
     assert str(path) in str(e.value) and not list(tmp_path.glob('*.sha256')), 'the hash of a bad file must not be noted'
@@ -489,7 +490,7 @@ def test_a_guided_file_with_a_tensor_missing_is_refused(tmp_path, cut):
 @pytest.mark.parametrize('name', ['m.ckpt', 'm.safetensors'])
 @pytest.mark.parametrize('content, message', [(lambda b: b'  <!DOCTYPE html><title>Quota exceeded', 'a web page.*fetch it again'), (lambda b: b[:len(b) // 2], 'etch it again'),
                                               (lambda b: b[:-3], 'etch it again'), (lambda b: b'', 'etch it again'), (lambda b: b'just text', 'etch it again')])
-def test_a_file_that_is_none_names_itself_and_the_mend(tmp_path, name, content, message):
+def test_a_file_that_is_none_names_itself_and_the_fix(tmp_path, name, content, message):
     path = tmp_path / name; s = ddpm_state(layers=1)
     save_file(s, path) if name.endswith('s') else torch.save(s, path)
     path.write_bytes(content(path.read_bytes()))

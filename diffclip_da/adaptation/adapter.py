@@ -36,8 +36,8 @@ class Compute:
     "How the work is done. All of it may change the last digit of a pixel, so all of it is part of the keys."
     batch_size: int = 16       # images at a time; halved when memory runs out
     shard_size: int = 64       # images between two points from which a killed run goes on
-    dtype: str = 'float32'     # arithmetic of the networks: float32, bfloat16 or float16 (fine-tunes in float32)
-    compile: bool = False      # torch.compile the networks: a minute to begin with, worth it from some thousand images
+    dtype: str = 'float32'     # of the networks: float32, bfloat16 or float16 (fine-tunes in float32)
+    compile: bool = False      # torch.compile the networks: worth it from some thousand images
 
     def check(self) -> 'Compute':
         "`self`, or `UserError` naming the field and the fix."
@@ -53,18 +53,21 @@ class Compute:
 
 # %% ../../nbs/13_adapter.ipynb #b79b449f
 def describe_run(images: ImageSet, pretrained, finetuned, schedule: Schedule, walk: Walk, compute: Compute,
-                 size: int, cond: dict | None = None) -> dict: # pixels; name -> values, one per image, see `transform`
+                 size: int, cond: dict | None = None, # pixels; see `transform`
+                ) -> dict:
     "All that the result depends on: `key`, `latents_key`, and the `inputs` that went into them."
     ids, inverter = sorted(images.ids), finetuned if walk.inverter == 'finetuned' else pretrained
     sources = {i: images.image_hash(i) for i in ids}
-    code = code_hash(Pipeline, ImageSet.tensor, to_pil, *{type(m) for m in (pretrained, finetuned)})
-    same = dict(code=code, schedule=tensor_hash(schedule.beta), n_images=len(ids), inverter=fingerprint(inverter),
-                images=canonical_hash([list(sources.items()), images.crop]), size=size, **asdict(compute),
+    code = code_hash(Pipeline, ImageSet.tensor, to_pil, pretrained, finetuned)
+    same = dict(code=code, schedule=tensor_hash(schedule.beta), inverter=fingerprint(inverter),
+                n_images=len(ids), images=canonical_hash([list(sources.items()), images.crop]),
+                size=size, **asdict(compute),
                 cond={k: tensor_hash(torch.as_tensor(v)) for k, v in (cond or {}).items()})
     up = {k: getattr(walk, k) for k in ('t0', 'n_inv', 'grid', 'inversion', 'n_iter', 'inverter')}
     labels = canonical_hash(images.labels) if images.labels else None
     inputs = dict(same, finetuned=fingerprint(finetuned), labels=labels, **asdict(walk))
-    return dict(key=canonical_hash(inputs), latents_key=canonical_hash([same, up]), inputs=inputs, sources=sources)
+    return dict(key=canonical_hash(inputs), latents_key=canonical_hash([same, up]),
+                inputs=inputs, sources=sources)
 
 # %% ../../nbs/13_adapter.ipynb #0a0f9ce3
 def file_names(ids) -> dict: # id -> relative path of its PNG
@@ -83,7 +86,8 @@ def file_names(ids) -> dict: # id -> relative path of its PNG
 # %% ../../nbs/13_adapter.ipynb #adf9120e
 class Run:
     "The files of one adaptation."
-    def __init__(self, images: ImageSet, what: dict, shard_size: int, out, cache=None): # `what` from `describe_run`
+    def __init__(self, images: ImageSet, what: dict, # from `describe_run`
+                 shard_size: int, out, cache=None):
         self.out, self.what, self.images = Path(out), what, images
         self.files = {i: f'images/{f}' for i, f in file_names(images.ids).items()}
         ids = sorted(images.ids)
@@ -108,8 +112,8 @@ class Run:
         path = self.out/'config.json'
         taken = [f for f in self.files.values() if (self.out/f).exists()]
         if taken and not path.exists():
-            raise UserError(f'{self.out} has {taken[0]} but no config.json, so it is not the result of a run; '
-                            'choose another folder')
+            raise UserError(f'{self.out} has {taken[0]} but no config.json, so it is not the result '
+                            'of a run; choose another folder')
         claim_folder(path, self.what['key'], self.what['inputs'], self.out)
 
     def save_shard(self, k: int, x, batch_size: int): # [n, 3, size, size] in [-1, 1], in the shard's order
@@ -119,7 +123,8 @@ class Run:
             buffer = io.BytesIO()
             to_pil(im).save(buffer, format='PNG')
             with atomic_write(self.out/self.files[i]) as f: f.write(buffer.getvalue())
-            rows.append(dict(id=i, label=labels.get(i), file=self.files[i], source_sha256=self.what['sources'][i],
+            rows.append(dict(id=i, label=labels.get(i), file=self.files[i],
+                             source_sha256=self.what['sources'][i],
                              adapted_sha256=sha256_bytes(buffer.getvalue()), shard=k))
         write_json(self.record_path(k), dict(key=self.what['key'], batch_size=batch_size, images=rows))
 
@@ -129,7 +134,8 @@ class Run:
         if None in records: return False
         table = pd.DataFrame([row for r in records for row in r['images']])
         if self.images.labels: table['label'] = table['label'].astype('Int64')
-        with atomic_write(self.out/'manifest.csv', 'w') as f: table.to_csv(f, index=False, lineterminator='\n')
+        with atomic_write(self.out/'manifest.csv', 'w') as f:
+            table.to_csv(f, index=False, lineterminator='\n')
         return True
 
     def sweep(self):
@@ -141,7 +147,7 @@ class Run:
 OUT_OF_MEMORY = re.compile("out of memory|not enough memory|can't allocate memory", re.I)
 
 class Batches:
-    "Calls `fn(slice, first index, **cond)` on slices of at most `size`, and halves `size` when memory runs out."
+    "Calls `fn(slice, first index, **cond)` on slices of `size`, which is halved when memory runs out."
     def __init__(self, size: int, say: Callable = print): self.size, self.say = size, say
 
     def attempt(self, fn, x, i, cond):
@@ -153,7 +159,8 @@ class Batches:
             if self.size == 1:
                 raise UserError(f'not enough memory for a single image ({str(e).splitlines()[0]}); '
                                 'take a smaller size, dtype bfloat16, or the CPU') from e
-        if torch.cuda.is_available(): torch.cuda.empty_cache() # outside the except block: the traceback holds tensors
+        # outside the except block: the traceback holds tensors
+        if torch.cuda.is_available(): torch.cuda.empty_cache()
         self.size = max(1, self.size // 2)
         self.say(f'memory ran out; going on with batches of {self.size}')
 
@@ -166,7 +173,7 @@ class Batches:
 
 # %% ../../nbs/13_adapter.ipynb #b58f91ea
 def compiled(model):
-    "`torch.compile`, with the weights packed once for the processor; times go in as tensors, so one graph serves all."
+    "`torch.compile`, weights packed once for the processor; times are tensors, so one graph serves all."
     compilers = (os.environ.get('CXX', 'c++'), 'g++', 'clang++')
     if not (torch.cuda.is_available() or any(map(shutil.which, compilers))):
         raise UserError('compile needs a C++ compiler: install g++ or clang++, or leave compile out')
@@ -175,7 +182,7 @@ def compiled(model):
     return lambda x_t, t, **cond: graph(x_t, torch.as_tensor(t, device=x_t.device), **cond)
 
 def fast(model, compute: Compute): # a module, or any eps_model
-    "`model` as the loop calls it: channels last, compiled and in half precision where asked for, its noise in float32."
+    "`model` as the loop calls it: channels last, compiled, in half precision; its noise in float32."
     net = model.to(memory_format=torch.channels_last) if isinstance(model, torch.nn.Module) else model
     if compute.compile: net = compiled(net)
     net = in_dtype(net, compute.dtype)
@@ -199,7 +206,7 @@ class Pipeline:
         return self.batches(one, x0, **cond)
 
     @torch.inference_mode()
-    def generate(self, latents, first=0, **cond) -> torch.Tensor: # `first`: place of these images in the set, seeds noise
+    def generate(self, latents, first=0, **cond) -> torch.Tensor: # `first`: their place in the set, for noise
         w = self.walk
         def one(z, i, **c):
             g = new_generator(fold_seed(w.noise_seed, 'generate', first + i)) if w.eta else None
@@ -218,7 +225,8 @@ def prefetch(load, items):
             yield item, now
 
 # %% ../../nbs/13_adapter.ipynb #8902dbee
-def transform(images: ImageSet, pretrained, finetuned, # the set; the U-Net that inverts, the one that generates
+def transform(images: ImageSet, # what to adapt
+              pretrained, finetuned, # the U-Net that inverts, the one that generates
               schedule: Schedule, walk: Walk, compute: Compute, size: int, # pixels
               out,         # folder of the result, see above
               cache=None,  # folder of latents to share between prompts; default out/latents
@@ -251,13 +259,14 @@ def transform(images: ImageSet, pretrained, finetuned, # the set; the U-Net that
     return load_adapted(out, images)
 
 # %% ../../nbs/13_adapter.ipynb #822e6e75
-def load_adapted(out, images: ImageSet) -> ImageSet: # folder of a finished run; the images that it was made from
+def load_adapted(out, images: ImageSet) -> ImageSet: # folder of a finished run; its sources
     "The adapted images with the ids, labels and people of their sources."
     path = Path(out)/'manifest.csv'
-    if not path.exists(): raise UserError(f'{out} is not finished (no manifest.csv): start the same command again')
+    if not path.exists():
+        raise UserError(f'{out} is not finished (no manifest.csv): start the same command again')
     file = pd.read_csv(path, dtype=str, keep_default_na=False).set_index('id').file
     return ImageSet(f'{images.name}-adapted', Store(out), {i: file[i] for i in images.ids}, images.labels,
-                    images.classes, None, images.identity, images.captions)
+                    images.classes, None, images.identity, images.captions, images.size)
 
 # %% ../../nbs/13_adapter.ipynb #6dc63265
 class Adapter:
@@ -266,7 +275,7 @@ class Adapter:
 
     Example: `Adapter.from_pretrained().fit(photos, target='sketch').transform(photos, out='sketches/')`"""
     def __init__(self, unet, guide=None, embedder=None, # any eps_model; see `load_guide`, `load_embedder`
-                 schedule: Schedule | None = None,      # the one that the U-Net was trained with; None: linear
+                 schedule: Schedule | None = None,      # that the U-Net was trained with; None: linear
                  walk: Walk = Walk(), compute: Compute = Compute(),
                  size: int | None = None):              # pixels; None: the U-Net's own
         self.unet, self.guide, self.embedder = unet, guide, embedder
@@ -277,9 +286,11 @@ class Adapter:
         self.named = {}   # role -> what a saved adapter says of a network that it does not hold
 
     @classmethod
-    def from_pretrained(cls, unet='shipped', guide='shipped', embedder='shipped', # names, folders, hub ids or modules
+    def from_pretrained(cls, unet='shipped', # here and below: a name, a folder, a hub id or a module
+                        guide='shipped', embedder='shipped',
                         walk: Walk = Walk(), compute: Compute = Compute(), size: int | None = None,
-                        schedule: Schedule | None = None, device=None) -> 'Adapter': # None: the best device there is
+                        schedule: Schedule | None = None,
+                        device=None) -> 'Adapter': # None: the best there is
         "The networks by name; what is a module already is taken as it is, and None leaves that judge out."
         device = local_device(device)
         load = lambda what, by: by(what, device=device) if isinstance(what, (str, Path, list)) else what
@@ -298,7 +309,8 @@ class Adapter:
         "The recipe that suits this U-Net."
         return recipe_for((getattr(self.unet, 'info', None) or {}).get('provenance'))
 
-    def check(self, target: str | None = None, source: str = 'photo', recipe: Recipe | None = None) -> 'Adapter':
+    def check(self, target: str | None = None, source: str = 'photo',
+              recipe: Recipe | None = None) -> 'Adapter':
         "`self`, or `UserError` for a walk, settings or words that cannot work; nothing is computed yet."
         self.walk.check(self.schedule)
         self.compute.check()
@@ -337,20 +349,24 @@ class Adapter:
                     embedder=self.embedder if recipe.id_weight else None, schedule=self.schedule,
                     walk=self.walk, recipe=recipe, dtype=self.compute.tune_dtype)
 
-    def fit_key(self, images: ImageSet, target: str, source: str = 'photo', recipe: Recipe | None = None) -> str:
+    def fit_key(self, images: ImageSet, target: str, source: str = 'photo',
+                recipe: Recipe | None = None) -> str:
         "What names the result of `fit`: everything that the tuned weights depend on, hashed."
         recipe = recipe or self.default_recipe()
         x0 = self.choose(images, recipe)
-        return f'{finetune_key(self.unet, x0, **self._how(target, source, recipe))}-{recipe.n_passes(len(x0))}'
+        key = finetune_key(self.unet, x0, **self._how(target, source, recipe))
+        return f'{key}-{recipe.n_passes(len(x0))}'
 
     def transform_key(self, images: ImageSet) -> str:
         "What names the result of `transform`."
-        return describe_run(images, self.unet, self.tuned, self.schedule, self.walk, self.compute, self.size)['key']
+        what = describe_run(images, self.unet, self.tuned, self.schedule, self.walk, self.compute, self.size)
+        return what['key']
 
     def transform(self, images: ImageSet, out=None, # folder of the result; None: a temporary one
                   cache=None, **cond) -> ImageSet:  # see the function `transform`
         "The images in the other domain, same ids and labels."
-        if self.tuned is None: raise UserError('this adapter is not fitted: call fit(images, target=...) or load a saved one')
+        if self.tuned is None:
+            raise UserError('this adapter is not fitted: call fit(images, target=...) or load a saved one')
         folder = tempfile.mkdtemp(prefix='diffclip-') if out is None else out
         adapted = transform(images, self.unet, self.tuned, self.schedule, self.walk, self.compute, self.size,
                             folder, cache, **cond)
@@ -383,7 +399,8 @@ def save_adapter(adapter: Adapter, folder) -> Path: # made where missing
     "Write `adapter.json`, `unet/` and `tuned/`."
     if adapter.tuned is None: raise UserError('this adapter is not fitted: there is nothing to save')
     for m in (adapter.unet, adapter.tuned):
-        if not isinstance(m, EpsUNet): raise UserError(f'only an EpsUNet can be saved, and this network is a {type(m).__name__}')
+        if not isinstance(m, EpsUNet):
+            raise UserError(f'only an EpsUNet can be saved, and this network is a {type(m).__name__}')
     folder = Path(folder)
     save_unet(adapter.unet, folder/'unet')
     save_unet(adapter.tuned, folder/'tuned')
@@ -397,7 +414,8 @@ def save_adapter(adapter: Adapter, folder) -> Path: # made where missing
 def load_adapter(folder, device=None) -> Adapter: # None: the best device there is
     "An adapter that `save` wrote. `UserError` names the file that is missing or damaged."
     path = Path(folder)/'adapter.json'
-    if not path.exists(): raise UserError(f'{folder} holds no adapter.json: give a folder that Adapter.save has written')
+    if not path.exists():
+        raise UserError(f'{folder} holds no adapter.json: give a folder that Adapter.save has written')
     said, device = read_json(path), local_device(device)
     try:
         beta, name = torch.tensor(said['beta'], dtype=torch.float64), said['schedule']

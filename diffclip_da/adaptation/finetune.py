@@ -26,7 +26,9 @@ from ..store import (atomic_write, cached_tensor, canonical_hash, code_hash, fin
 # %% ../../nbs/12_finetune.ipynb #90a84add
 @dataclass(frozen=True)
 class Recipe:
-    "How a network is tuned (arXiv 2110.02711). The defaults suit the shipped network. `check` checks it."
+    """How a network is tuned (arXiv 2110.02711). The defaults suit the shipped network. `check` checks it.
+
+    Example: `Recipe(n_images=50, colour_weight=0.)`, for fewer photos and new colours"""
     n_images: int = 200         # images to tune on, at most
     views: int = 800            # pictures to show in all, repeats counted
     passes: int | None = None   # passes over the images; None: as many as show `views` pictures
@@ -37,7 +39,7 @@ class Recipe:
     l1_weight: float = .03      # weight of the pixel loss, mean |x_gen - x0| in [-1, 1] units
     id_weight: float = 2.       # weight of the face identity loss
     grid_weight: float = 6.     # weight against patterns of period two
-    colour_weight: float = 5.   # weight against hues that the photo does not have; 0 where new colours are wanted
+    colour_weight: float = 5.   # weight against hues that the photo lacks; 0 where new colours are wanted
     n_crops: int = 4            # augmented copies per image that CLIP looks at; 0: the plain image
     augment_noise: float = .1   # standard deviation of the noise added to them
     augment_scale: float = .35  # smallest crop's side, as part of the image's
@@ -50,14 +52,18 @@ class Recipe:
         if self.passes is not None: return self.passes
         return math.ceil(self.views / max(1, min(n_images, self.n_images)))
 
-    def check(self, source: str, target: str, n_images: int | None = None) -> 'Recipe': # words, words, images at hand
+    def check(self, source: str, target: str, # words for the two domains
+              n_images: int | None = None,    # images at hand
+             ) -> 'Recipe':
         "`self`, or `UserError` naming the field and the fix."
         def need(ok, text):
             if not ok: raise UserError(text)
-        for name in ('n_images', 'views', 'images_per_update', *(('passes',) if self.passes is not None else ())):
-            need(getattr(self, name) >= 1, f'{name} = {getattr(self, name)}: must be 1 or more')
+        for name in ('n_images', 'views', 'images_per_update', 'passes'):
+            v = getattr(self, name)
+            need(v is None or v >= 1, f'{name} = {v}: must be 1 or more')
         for name, words in (('source', source), ('target', target)):
-            need(words.strip(), f'{name} is empty: describe the {name} domain in a few words, such as "a pencil sketch"')
+            need(words.strip(), f'{name} is empty: describe the {name} domain in a few words, '
+                 'such as "a pencil sketch"')
         need(source.strip() != target.strip(),
              f'source and target are both {target!r}: there is no direction between equal texts')
         need(n_images is None or n_images > 0, 'there are no images to tune on')
@@ -114,7 +120,7 @@ def accumulate_gradients(model, x_t, pairs, schedule: Schedule, # latents [b, 3,
 
 # %% ../../nbs/12_finetune.ipynb #c00f88bd
 class FinetuneLoss:
-    "`loss(x_gen, x_ref, generator) -> dict` with `total` and each unweighted term; terms of weight 0 are not computed."
+    "`loss(x_gen, x_ref, generator) -> dict`: `total` and each unweighted term, if its weight is not 0."
     def __init__(self, guide, embedder, source: str, target: str, recipe: Recipe):
         for name, model, what in (('clip_weight', guide, 'CLIP'), ('id_weight', embedder, 'face embedder')):
             if getattr(recipe, name) and model is None:
@@ -135,11 +141,13 @@ class DivergedError(UserError, FloatingPointError):
     "The loss or its gradient is not a number."
 
 def check_finite(row: dict, lr_name='lr', kept=None):
-    "Raise `DivergedError` when a value of a history row is not finite: step, terms, the fix, the checkpoint `kept`."
+    "Raise `DivergedError` when a value of a history row is not finite; it names step, terms and fix."
     bad = [k for k, v in row.items() if isinstance(v, float) and not math.isfinite(v)]
     if not bad: return
-    values = ', '.join(f'{k} = {v:.4g}' for k, v in row.items() if isinstance(v, float) and k not in ('seconds', 'lr'))
-    where = f'the last good checkpoint is kept in {kept}' if kept else 'no pass was finished, so there is no checkpoint'
+    shown = {k: v for k, v in row.items() if isinstance(v, float) and k not in ('seconds', 'lr')}
+    values = ', '.join(f'{k} = {v:.4g}' for k, v in shown.items())
+    where = (f'the last good checkpoint is kept in {kept}' if kept
+             else 'no pass was finished, so there is no checkpoint')
     raise DivergedError(f"fine-tuning diverged at step {row['step']} of pass {row['pass']} "
                         f"({values}; not finite: {', '.join(bad)}). Lower {lr_name} (it was {row['lr']:.2g}) "
                         f"or lr_growth and start in a new folder; {where}.")
@@ -148,14 +156,16 @@ def check_finite(row: dict, lr_name='lr', kept=None):
 def save_checkpoint(path, key, passes_done, model, optimizer, generator, history):
     "Write all that the next pass depends on, atomically."
     with atomic_write(path) as f:
-        torch.save(dict(key=key, passes_done=passes_done, model=model.state_dict(), optimizer=optimizer.state_dict(),
-                        generator=generator.get_state(), history=history), f)
+        torch.save(dict(key=key, passes_done=passes_done, model=model.state_dict(),
+                        optimizer=optimizer.state_dict(), generator=generator.get_state(),
+                        history=history), f)
 
 def load_checkpoint(path, key, passes, model, optimizer, generator) -> tuple: # (passes done, history)
     "Restore a run in place. `UserError` when the file is broken, of another run, or beyond `passes`."
     try: s = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
-        raise UserError(f'{path} is not a readable checkpoint ({type(e).__name__}); delete it to start anew') from e
+        raise UserError(f'{path} is not a readable checkpoint ({type(e).__name__}); '
+                        'delete it to start anew') from e
     if s.get('key') != key:
         raise UserError(f'{path} belongs to another run (other model, images or settings); '
                         'choose another folder, or delete it to start anew')
@@ -168,9 +178,12 @@ def load_checkpoint(path, key, passes, model, optimizer, generator) -> tuple: # 
     return s['passes_done'], s['history']
 
 # %% ../../nbs/12_finetune.ipynb #3f089896
-def tune(model, latents, x_ref, loss, schedule: Schedule, # [n, 3, h, w] twice; loss(x_gen, x_ref, generator) -> dict
-         walk: Walk, recipe: Recipe, dtype='float32',     # of the network's arithmetic: float32 or bfloat16
-         out=None, key='') -> tuple: # folder for checkpoints; what the run depends on -> (network, history)
+def tune(model, latents, x_ref, # the network; [n, 3, h, w] twice
+         loss,                  # (x_gen, x_ref, generator) -> dict of terms, 'total' among them
+         schedule: Schedule, walk: Walk, recipe: Recipe,
+         dtype='float32',       # of the network's arithmetic: float32 or bfloat16
+         out=None, key='',      # folder for checkpoints; what the run depends on, hashed
+        ) -> tuple:             # (network, history)
     "A tuned copy of `model`, and the history as a DataFrame with one row per update."
     if dtype not in DTYPES: raise UserError(f'dtype = {dtype!r}: fine-tuning takes {" or ".join(DTYPES)}')
     model, device = copy.deepcopy(model).eval().requires_grad_(True), device_of(model)
@@ -192,7 +205,8 @@ def tune(model, latents, x_ref, loss, schedule: Schedule, # [n, 3, h, w] twice; 
                                          lambda x: loss(x, ref, generator), recipe.grad)
             norms = [q.grad.norm().float() for q in model.parameters() if q.grad is not None]
             terms['grad_norm'] = torch.stack(norms).norm()
-            values = torch.stack([v.float() for v in terms.values()]).tolist() # the update's only wait for the device
+            # the update's only wait for the device
+            values = torch.stack([v.float() for v in terms.values()]).tolist()
             row = {'pass': p, 'step': len(history), **dict(zip(terms, values)), 'lr': lr}
             history.append(row | dict(seconds=time.perf_counter() - tic))
             check_finite(history[-1], kept=path if p else None)
@@ -209,9 +223,11 @@ def finetune_key(model, x0, guide, embedder, schedule: Schedule, source: str, ta
     "A hash over everything that the tuned weights depend on, but for the number of passes."
     r = replace(recipe, passes=1, views=1)
     w = replace(walk, inverter='pretrained', eta=0., noise_seed=0)   # of no account here
-    used = dict(model=model, guide=guide if r.clip_weight else None, embedder=embedder if r.id_weight else None)
+    used = dict(model=model, guide=guide if r.clip_weight else None,
+                embedder=embedder if r.id_weight else None)
     return canonical_hash(dict(
-        {k: fingerprint(m) for k, m in used.items()}, code=code_hash(tune, compute_latents, FinetuneLoss),
+        {k: fingerprint(m) for k, m in used.items()},
+        code=code_hash(tune, compute_latents, FinetuneLoss, *(m for m in used.values() if m is not None)),
         x0=tensor_hash(x0), beta=tensor_hash(schedule.beta), words=[source, target], walk=w, recipe=asdict(r),
         dtype=dtype, latents=None if latents is None else tensor_hash(latents)))
 
@@ -223,7 +239,7 @@ def finetune(model, x0: torch.Tensor, # pre-trained network, not modified; image
              latents=None,           # of x0, when they are at hand already
              out=None,               # folder for latents, checkpoints and history.csv; the same call resumes
             ) -> tuple:              # (tuned model in eval mode, history DataFrame)
-    "Tune the reverse process so that the first `recipe.n_images` of `x0` turn into `target` (arXiv 2110.02711)."
+    "Tune the reverse process so that the first `recipe.n_images` of `x0` turn into `target` (2110.02711)."
     walk.check(schedule)
     recipe.check(source, target, len(x0))
     x0 = x0[:recipe.n_images]
@@ -241,5 +257,6 @@ def finetune(model, x0: torch.Tensor, # pre-trained network, not modified; image
     if isinstance(getattr(tuned, 'info', None), dict):
         tuned.info = {**tuned.info, 'tuned_to': target, 'sha256': state_hash(tuned)}
     if out:
-        with atomic_write(Path(out)/'history.csv', 'w') as f: history.to_csv(f, index=False, lineterminator='\n')
+        with atomic_write(Path(out)/'history.csv', 'w') as f:
+            history.to_csv(f, index=False, lineterminator='\n')
     return tuned, history

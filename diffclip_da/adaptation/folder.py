@@ -29,7 +29,7 @@ from ..settings import override
 from ..store import atomic_write, canonical_hash, claim_folder, read_json, versions, write_json
 
 # %% ../../nbs/13b_folder.ipynb #f500d4fd
-def check_images(images: ImageSet, skip_bad=False) -> tuple: # (the images that can be read, id -> what is wrong)
+def check_images(images: ImageSet, skip_bad=False) -> tuple: # (those that can be read, id -> what is wrong)
     "Decode every image once. `UserError` names the first broken one, unless `skip_bad`."
     bad = {}
     def problem(i):
@@ -39,14 +39,17 @@ def check_images(images: ImageSet, skip_bad=False) -> tuple: # (the images that 
         found = progress(pool.map(problem, images.ids), 'checking images', len(images))
         for i, p in zip(images.ids, found):
             if p: bad[i] = p
-            if p and not skip_bad: raise UserError(f'{p}; or leave such images out with --skip-bad (skip_bad=True)')
-    if len(bad) == len(images): raise UserError(f'{images.name}: none of the {len(images)} images can be read')
+            if p and not skip_bad:
+                raise UserError(f'{p}; or leave such images out with --skip-bad (skip_bad=True)')
+    if len(bad) == len(images):
+        raise UserError(f'{images.name}: none of the {len(images)} images can be read')
     return images.subset([i for i in images.ids if i not in bad]) if bad else images, bad
 
 def check_folders(folder, out):
     "The result must lie outside the folder of photos, in a new folder or in one of an earlier run."
     folder, out = Path(folder).resolve(), Path(out).resolve()
-    if not folder.is_dir() and folder.suffix.lower() != '.zip': raise UserError(f'{folder} is not a folder of images')
+    if not folder.is_dir() and folder.suffix.lower() != '.zip':
+        raise UserError(f'{folder} is not a folder of images')
     if out == folder or folder in out.parents:
         raise UserError(f'the result {out} would lie inside the photos {folder}; choose a folder outside it')
     if out.is_file(): raise UserError(f'{out} is a file; choose a folder for the result')
@@ -66,7 +69,7 @@ class Options:
     adapter: str | None = None    # a saved adapter: adapt without fine-tuning
     save: str | None = None       # keep the fine-tuned adapter in this folder, for other photos
     unet: str = 'shipped'         # diffusion weights: shipped, a folder, a checkpoint file or a hub id
-    clip: str = 'shipped'         # guide: shipped, a folder, a name such as ViT-B-16/openai; several joined by +
+    clip: str = 'shipped'         # guide: shipped, a folder, ViT-B-16/openai, ...; several joined by +
     embedder: str = 'shipped'     # face embedder for the identity loss: shipped, facenet:vggface2 or a file
     size: int | None = None       # pixels; default: the U-Net's own
     device: str | None = None     # cpu, cuda, cuda:1, mps; default: the best there is
@@ -82,9 +85,11 @@ def options_for(unet: str, **required) -> Options: # the fields without a defaul
 
 # %% ../../nbs/13b_folder.ipynb #809bbf66
 @torch.inference_mode()
-def estimate_seconds(adapter: Adapter, recipe: Recipe | None, n: int) -> float: # None: no fine-tuning; `n` images
+def estimate_seconds(adapter: Adapter, recipe: Recipe | None, # None: no fine-tuning
+                     n: int) -> float:                        # images
     "A guess of the total time from one measured evaluation per batch; the guide is not counted."
-    x = torch.zeros(min(adapter.compute.batch_size, n), 3, adapter.size, adapter.size, device=device_of(adapter.unet))
+    n_batch, size = min(adapter.compute.batch_size, n), adapter.size
+    x = torch.zeros(n_batch, 3, size, size, device=device_of(adapter.unet))
     for _ in range(2):   # the first one warms up
         tic = time.perf_counter()
         adapter.unet(x, adapter.walk.t0).sum().item()
@@ -96,7 +101,8 @@ def estimate_seconds(adapter: Adapter, recipe: Recipe | None, n: int) -> float: 
         todo += n_tune * (up + 3 * recipe.n_passes(n_tune) * down)
     return seconds * todo
 
-def say_plan(adapter: Adapter, images: ImageSet, bad: dict, words, recipe: Recipe | None, seconds: float, out):
+def say_plan(adapter: Adapter, images: ImageSet, bad: dict, words: tuple, recipe: Recipe | None,
+             seconds: float, out):
     "What is about to happen, in words."
     up, down = adapter.walk.evaluations
     print(f'{len(images)} images of {images.name}: {words[0]!r} -> {words[1]!r}, result in {out}')
@@ -107,9 +113,10 @@ def say_plan(adapter: Adapter, images: ImageSet, bad: dict, words, recipe: Recip
         n = min(len(images), recipe.n_images)
         print(f'  1. invert {n} images ({up} network evaluations each) and fine-tune on them: '
               f'{recipe.n_passes(n)} passes, {down} steps, return step {adapter.walk.t0}')
-    print(f'  {2 if recipe else 1}. adapt all {len(images)}: {up} + {down} network evaluations each, {adapter.size} px')
-    print(f'  about {max(1, round(seconds / 60))} min on {device_of(adapter.unet)}, less what is done already; '
-          'Ctrl-C is safe, the same command goes on')
+    print(f'  {2 if recipe else 1}. adapt all {len(images)}: {up} + {down} network evaluations each, '
+          f'{adapter.size} px')
+    print(f'  about {max(1, round(seconds / 60))} min on {device_of(adapter.unet)}, less what is done '
+          'already; Ctrl-C is safe, the same command goes on')
 
 PROVENANCE_IN_WORDS = dict(shipped='small stand-in, shipped with diffclip_da',
                            published='published or your own weights', random='RANDOM weights: for tests only')
@@ -128,17 +135,18 @@ def contact_sheet(before: ImageSet, after: ImageSet, path, size: int, n=12):
     with atomic_write(path) as f: f.write(buffer.getvalue())
 
 def write_report(out, adapter: Adapter, images: ImageSet, bad: dict):
-    "`report.json`, and `labels.csv` when there are labels. No times in it: the same run gives the same bytes."
+    "`report.json`, and `labels.csv` where there are labels. No times: the same run gives the same bytes."
     out, files, history = Path(out), file_names(images.ids), adapter.history
     if images.labels:
-        rows = dict(id=[files[i] for i in images.ids], label=[images.classes[images.labels[i]] for i in images.ids])
-        with atomic_write(out/'labels.csv', 'w') as f: pd.DataFrame(rows).to_csv(f, index=False, lineterminator='\n')
+        table = pd.DataFrame([dict(id=files[i], label=images.classes[images.labels[i]]) for i in images.ids])
+        with atomic_write(out/'labels.csv', 'w') as f: table.to_csv(f, index=False, lineterminator='\n')
     last = {}
     if history is not None:
         mean = history[history['pass'] == history['pass'].max()].mean(numeric_only=True)
         last = {k: float(v) for k, v in mean.items() if k not in ('pass', 'step', 'seconds', 'lr')}
     write_json(out/'report.json', dict(
-        source=adapter.source, target=adapter.target, n_images=len(images), n_labelled=len(images.labels or ()),
+        source=adapter.source, target=adapter.target,
+        n_images=len(images), n_labelled=len(images.labels or ()),
         classes=images.classes, skipped=bad, models=adapter.models, walk=adapter.walk, recipe=adapter.recipe,
         compute=adapter.compute, size=adapter.size, key=read_json(out/'config.json')['key'],
         versions=versions(), last_pass=last))
@@ -153,9 +161,11 @@ def open_adapter(o: Options) -> Adapter:
 def check_words(o: Options):
     "Either a prompt or a saved adapter, before anything is loaded."
     if not o.adapter and not o.target:
-        raise UserError('say what the pictures should become: --target "a pencil sketch", or --adapter FOLDER for a saved one')
+        raise UserError('say what the pictures should become: --target "a pencil sketch", '
+                        'or --adapter FOLDER for a saved one')
     if o.adapter and (o.target or o.save):
-        raise UserError('a saved adapter has its words already: leave out --target and --save, or leave out --adapter')
+        raise UserError('a saved adapter has its words already: leave out --target and --save, '
+                        'or leave out --adapter')
     if o.target: o.recipe.check(o.source, o.target)
 
 def adapt_with(o: Options) -> ImageSet: # the adapted images, same ids and labels
@@ -168,10 +178,12 @@ def adapt_with(o: Options) -> ImageSet: # the adapted images, same ids and label
     if o.align:
         images, faces = align_faces(images, out/'.diffclip'/'aligned', adapter.size)
         bad.update({i: 'no face was found' for i in faces.id[~faces.found]})
-    inputs = job_inputs(o, adapter, images)
-    claim_folder(out/'.diffclip'/'job.json', canonical_hash(inputs), inputs, out)   # refused before the fine-tuning
-    words, recipe = (o.source, o.target) if o.target else (adapter.source, adapter.target), None if o.adapter else o.recipe
-    if rank == 0: say_plan(adapter, images, bad, words, recipe, estimate_seconds(adapter, recipe, len(images)), out)
+    inputs, recipe = job_inputs(o, adapter, images), None if o.adapter else o.recipe
+    # another job is refused before the fine-tuning
+    claim_folder(out/'.diffclip'/'job.json', canonical_hash(inputs), inputs, out)
+    if rank == 0:
+        words = (o.source, o.target) if recipe else (adapter.source, adapter.target)
+        say_plan(adapter, images, bad, words, recipe, estimate_seconds(adapter, recipe, len(images)), out)
     if recipe: adapter.fit(images, o.target, o.source, recipe, out/'.diffclip'/'finetune')
     adapted = adapter.transform(images, out, out/'.diffclip'/'latents')
     if rank == 0:
@@ -184,18 +196,21 @@ def adapt_with(o: Options) -> ImageSet: # the adapted images, same ids and label
 def job_inputs(o: Options, adapter: Adapter, images: ImageSet) -> dict:
     "What a folder belongs to: words, settings, networks and the images' bytes."
     said = dict(source=o.source, target=o.target, adapter=o.adapter and adapter.tuned.info['sha256'])
-    settings = dict(walk=adapter.walk, recipe=None if o.adapter else o.recipe, compute=adapter.compute, size=adapter.size)
-    return dict(said, **settings, **adapter.models, images=canonical_hash([images.image_hash(i) for i in images.ids]))
+    settings = dict(walk=adapter.walk, recipe=None if o.adapter else o.recipe,
+                    compute=adapter.compute, size=adapter.size)
+    return dict(said, **settings, **adapter.models,
+                images=canonical_hash([images.image_hash(i) for i in images.ids]))
 
 def adapt_folder(folder, target: str | None = None, out=None, # photos; words for the wanted domain; result
-                 labels=None, unet='shipped', **settings,     # see `Options`; any field of it, of Walk, Recipe, Compute
+                 source='photo', labels=None, unet='shipped', # see `Options`
+                 **settings,                  # any other field of it, or of Walk, Recipe, Compute
                 ) -> ImageSet:                                # the adapted images, same ids and labels
-    """Turn a folder of photos into what `target` describes. Photos are cropped to a centred square, then resized.
+    """Turn a folder of photos into what `target` describes. Photos are cropped to a centred square.
 
     Example: `adapt_folder('photos/', 'sketch', 'sketches/', t0=500)`"""
     if out is None: raise UserError('out: give a folder for the result')
     o = options_for(str(unet), folder=str(folder), out=str(out))
-    given = dict(target=target, labels=None if labels is None else str(labels), **settings)
+    given = dict(target=target, source=source, labels=None if labels is None else str(labels), **settings)
     return adapt_with(override(o, **given))
 
 # %% ../../nbs/13b_folder.ipynb #7e977106
@@ -203,11 +218,13 @@ def adapt_folder(folder, target: str | None = None, out=None, # photos; words fo
 def main(argv=None) -> int:
     "The command line `diffclip-adapt`."
     argv = sys.argv[1:] if argv is None else list(argv)
-    o = command(Options, argv, prog='diffclip-adapt', default=options_for(asked_unet(argv), folder=tyro.MISSING, out=tyro.MISSING))
+    default = options_for(asked_unet(argv), folder=tyro.MISSING, out=tyro.MISSING)
+    o = command(Options, argv, 'diffclip-adapt', default)
     try: adapt_with(o)
     except KeyboardInterrupt:
         n = len(list((Path(o.out)/'shards').glob('*.json')))
-        print(f'stopped; {n} finished shards and the last fine-tuning pass are kept in {o.out}', file=sys.stderr)
+        print(f'stopped; {n} finished shards and the last fine-tuning pass are kept in {o.out}',
+              file=sys.stderr)
         raise
     return 0
 

@@ -38,9 +38,11 @@ def text_direction(clip,   # a `Clip` or `ClipEnsemble`
     "Delta T, per member of the ensemble. `UserError` for blank prompts and for prompts that mean the same to CLIP."
     parts = []
     for m in clip.members:
-        src, tar = (F.normalize(m.encode_text(t, **kw).mean(0, keepdim=True), dim=-1) for t in (source, target))
+        src, tar = (F.normalize(m.encode_text(t, **kw).mean(0, keepdim=True), dim=-1)
+                    for t in (source, target))
         if (tar - src).norm() < 1e-4:
-            raise UserError(f'source {source!r} and target {target!r} are the same text to {m.info["name"]}, so there is no direction to '
+            raise UserError(f'source {source!r} and target {target!r} are the same text to {m.info["name"]}, '
+                            'so there is no direction to '
                             'go; describe the two domains in different words, such as "photo" and "pencil sketch"')
         parts.append(F.normalize(tar - src, dim=-1))
     return torch.cat(parts, -1).detach()
@@ -52,7 +54,8 @@ def directional_loss(clip,     # a `Clip` or `ClipEnsemble`: the mean over its m
                      delta_t,  # from `text_direction` of the same clip
                      eps=.01,  # softening of |delta_i|, which is 0.2 to 1 for a visible edit
                     ):         # scalar, 0 to 2
-    "1 - cos(delta_i, delta_t) on unit features (StyleGAN-NADA, arXiv 2108.00946). Finite, gradient too, where x_gen = x_ref."
+    """1 - cos(delta_i, delta_t) on unit features (StyleGAN-NADA, arXiv 2108.00946).
+    Finite, gradient too, where x_gen = x_ref."""
     check_pair(x_gen, x_ref)
     losses, start = [], 0
     for m in clip.members:
@@ -60,14 +63,17 @@ def directional_loss(clip,     # a `Clip` or `ClipEnsemble`: the mean over its m
         d = ref.shape[-1]
         losses.append(cosine_loss(m.encode_image(x_gen) - ref, delta_t[:, start:start + d], eps))
         start += d
-    if start != delta_t.shape[-1]: raise UserError(f'delta_t has {delta_t.shape[-1]} numbers, the CLIP {start}; compute it by text_direction with the same CLIP')
+    if start != delta_t.shape[-1]:
+        raise UserError(f'delta_t has {delta_t.shape[-1]} numbers, the CLIP {start}; '
+                        'compute it by text_direction with the same CLIP')
     return torch.stack(losses).mean()
 
 # %% ../../nbs/10_losses.ipynb #490a5174
 def check_pair(x_gen, x_ref):
     "Both image batches must have one shape: a batch of 1 against a batch of b would broadcast silently."
     if x_gen.shape != x_ref.shape or x_gen.ndim != 4:
-        raise UserError(f'x_gen and x_ref must be images of the same shape [b, 3, h, w], got {list(x_gen.shape)} and {list(x_ref.shape)}')
+        raise UserError('x_gen and x_ref must be images of the same shape [b, 3, h, w], '
+                        f'got {list(x_gen.shape)} and {list(x_ref.shape)}')
 
 # %% ../../nbs/10_losses.ipynb #b7f28b05
 def view_params(n, generator, # number of views; they are drawn on the generator's device
@@ -88,19 +94,21 @@ def augment(x_gen, x_ref, # [b, 3, h, w] in [-1, 1], twice
             generator,    # a torch.Generator (core.new_generator): the same state gives the same views
             scale=.8, shift=.05, # see `view_params`
             noise=.05,    # standard deviation of Gaussian noise, in units of the [-1, 1] range
-            blur=0.,      # largest standard deviation of a Gaussian blur, as part of the image's side; drawn from [0, blur] for each of the n_crops
+            blur=0.,      # strongest Gaussian blur's standard deviation, as part of the side; drawn for each view
            ):             # [n_crops * b, 3, h, w] twice, view by view
-    "The same random crop, shift, blur and noise for both pictures of a pair; differentiable; mirrored beyond the border."
+    "The same random crop, shift, blur and noise for both pictures of a pair; mirrored beyond the border."
     check_pair(x_gen, x_ref)
     if n_crops == 0: return x_gen, x_ref
     if n_crops < 0 or not 0 < scale <= 1 or shift < 0 or noise < 0 or not 0 <= blur <= .15:
-        raise UserError(f'n_crops = {n_crops}, scale = {scale}, shift = {shift}, noise = {noise}, blur = {blur}; needed: n_crops >= 0, 0 < scale <= 1, shift >= 0, noise >= 0, 0 <= blur <= 0.15')
+        raise UserError(f'n_crops = {n_crops}, scale = {scale}, shift = {shift}, noise = {noise}, blur = {blur}; '
+                        'needed: n_crops >= 0, 0 < scale <= 1, shift >= 0, noise >= 0, 0 <= blur <= 0.15')
     both = torch.stack([x_gen, x_ref]).repeat(1, n_crops, 1, 1, 1)  # [2, n, 3, h, w]
     theta = view_params(both.shape[1], generator, scale, shift).to(both)
     grid = F.affine_grid(theta, list(both.shape[1:]), align_corners=False)
     eps = torch.randn(both.shape[1:], generator=generator, device=generator.device).to(both) * noise
-    sigma = blur * both.shape[-1] * torch.rand(n_crops, generator=generator, device=generator.device) if blur else torch.zeros(n_crops)
-    views = (F.grid_sample(x, grid, mode='bilinear', padding_mode='reflection', align_corners=False).chunk(n_crops) for x in both)
+    sigma = torch.zeros(n_crops)
+    if blur: sigma = blur * both.shape[-1] * torch.rand(n_crops, generator=generator, device=generator.device)
+    views = (F.grid_sample(x, grid, 'bilinear', 'reflection', align_corners=False).chunk(n_crops) for x in both)
     return tuple(torch.cat([soften(v, s) for v, s in zip(x, sigma.tolist())]) + eps for x in views)
 
 def soften(x, sigma): # [b, 3, h, w]; pixels
@@ -119,7 +127,8 @@ def grid_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice; h and w at least 
     "Mean amplitude of patterns of period two in the change, 0 for none."
     check_pair(x_gen, x_ref)
     h, w = x_gen.shape[-2:]
-    if min(h, w) < 2: raise UserError(f'a pattern of period two needs 2 x 2 pixels or more, got {h} x {w}')
+    if min(h, w) < 2:
+        raise UserError(f'a pattern of period two needs 2 x 2 pixels or more, got {h} x {w}')
     i, j = ((-1.)**torch.arange(n, device=x_gen.device) for n in (h, w))
     patterns = torch.stack([i[:, None].expand(h, w), j.expand(h, w), i[:, None] * j])
     d = ((x_gen - x_ref)[:, :, None] * patterns).flatten(1, 2)   # [b, 9, h, w]
@@ -149,21 +158,26 @@ class ClampInward(torch.autograd.Function):
 def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
                        clip, embedder, delta_t,  # guide; face embedder or None; `text_direction(clip, ...)`
                        clip_weight=3., l1_weight=.3, id_weight=0., grid_weight=0., colour_weight=0.,
-                       n_crops=4, noise=.05, generator=None, scale=.8, blur=0., # see `augment`; the generator may be missing where n_crops is 0
+                       n_crops=4, noise=.05, generator=None, scale=.8, blur=0., # see `augment`
                       ):              # scalar, dict of detached scalars: total and each term without its weight
     "DiffusionCLIP's objective (arXiv 2110.02711) with the weights that the paper at hand leaves out."
     check_pair(x_gen, x_ref)
-    if n_crops and generator is None: raise UserError(f'n_crops = {n_crops} draws random views; give generator=new_generator(seed), or n_crops=0')
-    if id_weight and embedder is None: raise UserError(f'id_weight = {id_weight} needs a face embedder; give one, or id_weight=0')
+    if n_crops and generator is None:
+        raise UserError(f'n_crops = {n_crops} draws random views; give generator=new_generator(seed), or n_crops=0')
+    if id_weight and embedder is None:
+        raise UserError(f'id_weight = {id_weight} needs a face embedder; give one, or id_weight=0')
     terms, x_gen = {}, ClampInward.apply(x_gen)
-    if clip_weight: terms['clip'] = directional_loss(clip, *augment(x_gen, x_ref, n_crops, generator, scale, noise=noise, blur=blur), delta_t)
+    if clip_weight:
+        views = augment(x_gen, x_ref, n_crops, generator, scale, noise=noise, blur=blur)
+        terms['clip'] = directional_loss(clip, *views, delta_t)
     if l1_weight: terms['l1'] = l1_loss(x_gen, x_ref)
     if id_weight:
         with torch.no_grad(): ref = embedder.embed(x_ref)
         terms['id'] = cosine_loss(embedder.embed(x_gen), ref)
     if grid_weight: terms['grid'] = grid_loss(x_gen, x_ref)
     if colour_weight: terms['colour'] = colour_loss(x_gen, x_ref)
-    if not terms: raise UserError('all loss weights are 0; give clip_weight, l1_weight or id_weight a positive value')
+    if not terms:
+        raise UserError('all loss weights are 0; give clip_weight, l1_weight or id_weight a positive value')
     weights = dict(clip=clip_weight, l1=l1_weight, id=id_weight, grid=grid_weight, colour=colour_weight)
     total = sum(weights[k] * v for k, v in terms.items())
     return total, {k: v.detach() for k, v in dict(total=total, **terms).items()}

@@ -55,17 +55,23 @@ def ddim_step(x_t: torch.Tensor,  # images at time t, [b, c, h, w] (any shape wo
 def step_pairs(t0: int,  # return step: the noisiest time index, 0 to T - 1
                n: int,   # number of pairs = model evaluations, 1 to t0 + 1
               ) -> list: # [(t, t_prev), ...] from (t0, .) down to (., -1)
-    "The times that `n` DDIM steps visit from `t0` to the clean image: floor(i * t0 / (n - 1)), in whole numbers."
+    """The times that `n` DDIM steps visit from `t0` to the clean image: floor(i * t0 / (n - 1)), in whole numbers.
+
+    >>> step_pairs(400, 3)
+    [(400, 200), (200, 0), (0, -1)]
+    """
     check_steps(t0, n)
     times = [i * t0 // (n - 1) for i in range(n)] if n > 1 else [t0]
     return pairs_of(times[::-1])
 
 def check_steps(t0: int, n: int):
     "`UserError` unless `n` different times fit between `t0` and the clean image."
-    if t0 < 0: raise UserError(f"t0 = {t0}: the return step counts from 0; the clean image (-1) needs no steps.")
+    if t0 < 0:
+        raise UserError(f"t0 = {t0}: the return step counts from 0; the clean image (-1) needs no steps.")
     if n < 1: raise UserError(f"n = {n}: give at least one step.")
     if n > t0 + 1:
-        raise UserError(f"n = {n} steps do not fit into the {t0 + 1} times 0 ... {t0}: some would repeat; use n <= {t0 + 1}.")
+        raise UserError(f"n = {n} steps do not fit into the {t0 + 1} times 0 ... {t0}: some would repeat; "
+                        f"use n <= {t0 + 1}.")
 
 def pairs_of(times) -> list: # falling times -> [(t, t_prev), ..., (t, -1)]
     "The pairs that visit `times` and end at the clean image."
@@ -96,7 +102,10 @@ def sample(eps_model,  # (x_t, t, **cond) -> eps, or a pair (eps, eps_direction)
            checkpointed=False, # forget each step's activations, compute them again for the gradient
            **cond,     # whatever conditions the model: labels, an edit of the bottleneck, ...
           ) -> torch.Tensor: # images at time pairs[-1][1]
-    "Walk down `pairs`. Gradients flow if the caller lets them: fine-tuning differentiates through this loop."
+    """Walk down `pairs`. Gradients flow if the caller lets them: fine-tuning differentiates through this loop.
+
+    Example: `sample(load_unet('shipped'), latents, step_pairs(400, 6), schedule)`
+    """
     pairs = check_pairs(pairs, schedule)
     if eta > 0 and generator is None:
         raise UserError(f"eta = {eta} draws noise; pass generator=new_generator(seed).")
@@ -119,7 +128,9 @@ def gaussian_angle(t,    # int or integer tensor [b], -1 to T - 1
                    std,  # of the data, > 0
                    schedule:Schedule,
                   ):     # float64, shape of t, radians from 0 (clean) to nearly pi / 2
-    "How far noise has turned Gaussian data: tan(angle) = noise / signal. A DDIM step from t to t' shrinks by cos(angle_t - angle_t')."
+    """How far noise has turned Gaussian data: tan(angle) = noise / signal.
+
+    A DDIM step from t to t' shrinks by cos(angle_t - angle_t')."""
     signal, noise = schedule.rates(t)
     return torch.atan2(noise, std * signal)
 
@@ -150,7 +161,8 @@ def invert_step_fixed_point(eps_model, x, eps, t, t_prev, schedule, n_iter):
 
 # %% ../../nbs/05_ddim.ipynb #9f5c04ef
 def invert_step_average(eps_model, x, eps, t, t_prev, schedule, n_iter):
-    "Fixed-point inversion of one pair with the last two eps averaged. `n_iter` evaluations; with one, plain fixed point."
+    """Fixed-point inversion of one pair with the last two eps averaged. `n_iter` evaluations;
+    with one, plain fixed point."""
     guess = x if eps is None else ddim_step(x, t_prev, t, eps, schedule)
     for i in range(n_iter):
         last, eps = eps, eps_model(guess, t)
@@ -198,7 +210,10 @@ def invert(eps_model,  # (x_t, t, **cond) -> eps, t an int
            progress=False,  # show a bar
            **cond,     # as in `sample`
           ) -> torch.Tensor: # the latent: images at time pairs[0][0]
-    "Walk `pairs` backwards with the same `ddim_step`; costs `evaluations(method, len(pairs), n_iter)`. Without gradients."
+    """Walk `pairs` backwards with the same `ddim_step`; costs `evaluations(method, len(pairs), n_iter)`. No gradients.
+
+    Example: `invert(load_unet('shipped'), x0, step_pairs(400, 40), schedule)`
+    """
     pairs = check_pairs(pairs, schedule)
     evaluations(method, len(pairs), n_iter)  # refuses a bad method or n_iter
     def model(x, t): return in_two(eps_model(x, t, **cond))[0]
@@ -210,6 +225,6 @@ def invert(eps_model,  # (x_t, t, **cond) -> eps, t an int
 # %% ../../nbs/05_ddim.ipynb #10da8344
 @torch.no_grad()
 def reconstruct(eps_model, x0, t0, n_inv, n_gen, schedule:Schedule, method='ddim', n_iter=1, progress=False):
-    "Invert `x0` in `n_inv` pairs, generate in `n_gen`; a perfect inversion gives `x0` back. Without gradients."
+    "Invert `x0` in `n_inv` pairs, generate in `n_gen`; a perfect inversion gives `x0` back. No gradients."
     x_t = invert(eps_model, x0, step_pairs(t0, n_inv), schedule, method, n_iter, progress)
     return sample(eps_model, x_t, step_pairs(t0, n_gen), schedule, progress=progress)

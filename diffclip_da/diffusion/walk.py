@@ -43,7 +43,8 @@ GRIDS = dict(linear=linear_pairs, logsnr=logsnr_pairs)
 class Walk:
     """The path of an image to its latent and back.
 
-    Example: `Walk(t0=400, n=6).invert(unet, x0, schedule)` -> latents, `.generate(unet, latents, schedule)` -> images."""
+    Example: `Walk(t0=400, n=6).invert(unet, x0, schedule)` -> latents,
+    `.generate(unet, latents, schedule)` -> images."""
     t0: int = 400                # return step: how far images are noised; higher changes more
     n_inv: int = 6               # steps of the inversion
     n_gen: int = 6               # steps of the generation
@@ -53,7 +54,7 @@ class Walk:
     sampler: str = 'ddim'        # of the generation
     eta: float = 0.              # fresh noise in the generation: 0 none, 1 as much as DDPM
     noise_seed: int = 0          # of that noise
-    inverter: str = 'pretrained' # network that inverts; finetuned repeats the paper's script and weakens the edit
+    inverter: str = 'pretrained' # network that inverts; finetuned is what the paper's script did
     n: InitVar[int | None] = None # n_inv and n_gen at once
 
     def __post_init__(self, n):
@@ -64,12 +65,14 @@ class Walk:
         "`self`, or `UserError` naming the field and the fix."
         T = schedule.T
         if not 0 < self.t0 < T:
-            raise UserError(f't0 = {self.t0}: the return step must lie between 1 and {T - 1} for a schedule of '
-                            f'{T} steps (300 to 600 is usual)')
+            raise UserError(f't0 = {self.t0}: the return step must lie between 1 and {T - 1} for a '
+                            f'schedule of {T} steps (300 to 600 is usual)')
         for name in ('n_inv', 'n_gen'):
             if not 1 <= (n := getattr(self, name)) <= self.t0:
-                raise UserError(f'{name} = {n}: there must be 1 to t0 = {self.t0} steps; lower {name} or raise t0')
-        for name, known in dict(grid=GRIDS, inversion=INVERSIONS, sampler=SAMPLERS, inverter=INVERTERS).items():
+                raise UserError(f'{name} = {n}: there must be 1 to t0 = {self.t0} steps; '
+                                f'lower {name} or raise t0')
+        choices = dict(grid=GRIDS, inversion=INVERSIONS, sampler=SAMPLERS, inverter=INVERTERS)
+        for name, known in choices.items():
             if (v := getattr(self, name)) not in known:
                 raise UserError(f'{name} = {v!r}: choose {" or ".join(known)}')
         if self.n_iter < 1: raise UserError(f'n_iter = {self.n_iter}: give at least one evaluation per step')

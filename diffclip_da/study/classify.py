@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core import DTYPES, UserError, fold_seed, in_dtype, new_generator, progress
 
-# %% ../../nbs/14_classify.ipynb #2081932e
+# %% ../../nbs/14_classify.ipynb #2c35be7c
 def as_logits(z:torch.Tensor # outputs [b, 1] or [b, K]
              ) -> torch.Tensor: # [b, 2] or [b, K]
     "Logits of the classes; a single output z stands for the two logits 0 and z."
@@ -29,20 +29,21 @@ def as_logits(z:torch.Tensor # outputs [b, 1] or [b, K]
 
 def outputs(n_classes:int) -> int:
     "How many outputs a network needs: one for two classes, else one for each."
-    if n_classes < 2: raise UserError(f'n_classes={n_classes}: a classifier tells two classes or more apart')
+    if n_classes < 2: raise UserError(f'n_classes={n_classes}: there must be two classes or more')
     return 1 if n_classes == 2 else n_classes
 
 # %% ../../nbs/14_classify.ipynb #79524675
 class PaperCNN(nn.Module):
-    "The paper's classifier, section 'Experiments': three convolutions with max-pooling, two fully connected layers."
+    "The paper's classifier: three convolutions with max-pooling, two fully connected layers."
     def __init__(self, size:int=64, # sides of the images in pixels, a multiple of 8
                  n_classes:int=2,
                  channels:tuple=(32, 64, 128), # filters of the three convolutions
-                 # the text omits the width of the first connected layer; 67.2 M parameters at 256 px imply it
+                 # between the connected layers; not in the text, 67.2 M parameters at 256 px imply it
                  hidden:int=512):
         super().__init__()
         if size < 8 or size % 8:
-            raise UserError(f'size={size}: three poolings halve the sides three times, so give a multiple of 8')
+            raise UserError(f'size={size}: three poolings halve the sides three times, '
+                            'so give a multiple of 8')
         self.size, layers = size, []
         for a, b in zip((3, *channels), channels):
             layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
@@ -62,7 +63,7 @@ class PaperCNN(nn.Module):
 
 # %% ../../nbs/14_classify.ipynb #a63197a7
 class SmallCNN(nn.Module):
-    "Convolutions with BatchNorm, then an average over all positions: a hundredth of `PaperCNN`'s parameters."
+    "Convolutions with BatchNorm, then an average over positions: a hundredth of `PaperCNN`'s parameters."
     def __init__(self, size:int|None=None, # taken so that both networks are made alike; any size works
                  n_classes:int=2,
                  channels:tuple=(32, 64, 128), # filters; the sides are halved after each
@@ -70,7 +71,8 @@ class SmallCNN(nn.Module):
         super().__init__()
         layers = []
         for a, b in zip((3, *channels), channels):
-            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+            layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b),
+                       nn.ReLU(inplace=True), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*layers)
         self.dropout, self.fc = nn.Dropout(dropout), nn.Linear(channels[-1], outputs(n_classes))
 
@@ -83,7 +85,7 @@ CLASSIFIERS = dict(paper=PaperCNN, small=SmallCNN)
 def new_classifier(model:str|Callable='paper', # 'paper', 'small', or a callable (size, n_classes) -> module
                    size:int=64, seed:int=0, # sides of the images; seed of the first weights
                    n_classes:int=2) -> nn.Module:
-    "An untrained classifier. The same seed gives the same weights; the global random state is left as it was."
+    "An untrained classifier, the same for the same seed; the global random state is left as it was."
     make = CLASSIFIERS.get(model) if isinstance(model, str) else model
     if make is None:
         raise UserError(f"no classifier {model!r}; there are: {', '.join(CLASSIFIERS)}, "
@@ -97,21 +99,22 @@ def check_labelled(x:torch.Tensor, y, # images [n, 3, h, w]; labels [n], whole n
                    name:str='set', # what messages call it
                    n_classes:int|None=None, # None: as many as the labels name
                   ) -> tuple[torch.Tensor, torch.Tensor]: # float32 images, channels last; int64 labels
-    "Images and labels ready for training. `UserError` on anything that would make the accuracy meaningless."
+    "Images and labels ready for training. `UserError` on what would make the accuracy meaningless."
     y = torch.as_tensor(y)
     if x.ndim != 4: raise UserError(f'{name}: images have shape {list(x.shape)}, expected [n, 3, h, w]')
     if len(x) == 0: raise UserError(f'{name}: no images; check the split and the number asked for')
     if y.shape != (len(x),):
-        raise UserError(f'{name}: {len(x)} images but labels of shape {list(y.shape)}; give one label per image')
+        raise UserError(f'{name}: {len(x)} images but labels of shape {list(y.shape)}; '
+                        'give one label per image')
     values = sorted(set(y.tolist()))
     if values[0] < 0 or any(v != int(v) for v in values):
         raise UserError(f'{name}: labels {values[:5]}; classes are expected as whole numbers 0, 1, ...')
     if n_classes is not None and values[-1] >= n_classes:
-        raise UserError(f'{name}: label {values[-1]}, but there are {n_classes} classes, 0 to {n_classes - 1}; '
-                        'give this set the classes of the training set')
+        raise UserError(f'{name}: label {values[-1]}, but there are {n_classes} classes, '
+                        f'0 to {n_classes - 1}; give this set the classes of the training set')
     if len(values) == 1:
-        raise UserError(f'{name}: all {len(y)} labels are {int(values[0])}; two classes or more are needed: '
-                        'take more images or another attribute')
+        raise UserError(f'{name}: all {len(y)} labels are {int(values[0])}; two classes or more '
+                        'are needed: take more images or another attribute')
     if not torch.isfinite(x).all():
         bad = (~torch.isfinite(x).flatten(1).all(1)).nonzero().flatten().tolist()
         raise UserError(f'{name}: {len(bad)} images hold NaN or infinite values, '
@@ -124,15 +127,15 @@ def count_classes(y, n_classes:int|None=None) -> int: # labels of a training set
     values = set(torch.as_tensor(y).tolist())
     n_classes = n_classes or int(max(values)) + 1
     if missing := [k for k in range(n_classes) if k not in values]:
-        raise UserError(f'train: no image of class {missing[0]} among {n_classes} classes; take more images, '
-                        'or leave the class out')
+        raise UserError(f'train: no image of class {missing[0]} among {n_classes} classes; '
+                        'take more images, or leave the class out')
     return n_classes
 
 # %% ../../nbs/14_classify.ipynb #475c98b4
 def score(y, # labels [n]
           p, # probabilities [n, K]
          ) -> dict: # fractions
-    "accuracy, balanced_accuracy and auroc by scikit-learn; auroc is NaN where only one class is present (a subgroup)."
+    "accuracy, balanced_accuracy and auroc by scikit-learn; of a single class there is no auroc (NaN)."
     y, p = np.asarray(y).astype(int), np.asarray(p, dtype=float)
     if p.ndim != 2 or len(p) != len(y) or p.shape[1] < 2:
         raise UserError(f'{len(y)} labels and probabilities of shape {list(p.shape)}; give [{len(y)}, K]')
@@ -159,7 +162,8 @@ def evaluate(model:nn.Module, x, y, # images; labels [n]
              device='cpu') -> dict: # loss (nats per image), accuracy, balanced_accuracy, auroc
     "How well the model does on a set."
     z = logits_of(model, x, device)
-    if not torch.isfinite(z).all(): return dict.fromkeys(('loss', 'accuracy', 'balanced_accuracy', 'auroc'), math.nan)
+    if not torch.isfinite(z).all():
+        return dict.fromkeys(('loss', 'accuracy', 'balanced_accuracy', 'auroc'), math.nan)
     loss = F.cross_entropy(z, torch.as_tensor(y).long()).item()
     return dict(loss=loss, **score(y, z.double().softmax(1)))
 
@@ -168,7 +172,7 @@ def predict(model:nn.Module, x:torch.Tensor, device='cpu') -> torch.Tensor: # [n
     "Probability of each class for each image."
     return logits_of(model, x, device).softmax(1)
 
-# %% ../../nbs/14_classify.ipynb #d7d22888
+# %% ../../nbs/14_classify.ipynb #312ef36e
 @dataclass(frozen=True)
 class Training:
     "How a classifier is trained; the paper's settings are the defaults."
@@ -181,7 +185,8 @@ class Training:
     def __post_init__(self):
         if self.epochs < 1 or self.batch_size < 1:
             raise UserError(f'epochs={self.epochs}, batch_size={self.batch_size}: both must be at least 1')
-        if self.dtype not in DTYPES: raise UserError(f'dtype = {self.dtype!r}: choose {" or ".join(DTYPES)}')
+        if self.dtype not in DTYPES:
+            raise UserError(f'dtype = {self.dtype!r}: choose {" or ".join(DTYPES)}')
         if isinstance(self.model, str) and self.model not in CLASSIFIERS:
             raise UserError(f"no classifier {self.model!r}; there are: {', '.join(CLASSIFIERS)}")
 
@@ -206,14 +211,16 @@ def train_epoch(model:nn.Module, x, y, opt, # images; labels; a torch optimiser
         opt.step()
 
 # %% ../../nbs/14_classify.ipynb #e4de17ba
-def train_classifier(train:tuple, tests:dict, valid:tuple|None=None, # (x, y); name -> (x, y); (x, y) to choose an epoch
-                     training:Training=Training(), seed:int=0, # settings; seed of first weights and order
-                     augment:Callable|None=None, device='cpu', desc:str='', # see `train_epoch`; for the progress bar
-                     measured:tuple|None=None, # splits to measure after each epoch, in float32; None: all
+def train_classifier(train:tuple, tests:dict, # (x, y); name -> (x, y)
+                     valid:tuple|None=None, # (x, y) to choose an epoch by
+                     training:Training=Training(), seed:int=0, # settings; of first weights and order
+                     augment:Callable|None=None, device='cpu', # see `train_epoch`
+                     desc:str='', # for the progress bar
+                     measured:tuple|None=None, # splits to measure, in float32; None: all
                      n_classes:int|None=None, # None: as many as the training labels name
                      **settings, # in place of fields of `training`, such as epochs=5
-                    ) -> tuple[nn.Module, pd.DataFrame]: # the last epoch's model; a row per epoch and measured split
-    "Train on `train`; after each epoch measure it, `valid` and `tests`. Nothing is chosen on a test set."
+                    ) -> tuple[nn.Module, pd.DataFrame]: # last epoch's; a row per epoch and split
+    "Train on `train`; measure it, `valid` and `tests` after each epoch. No test set chooses anything."
     t = replace(training, **settings)
     sets = {'train': train, **({} if valid is None else {'valid': valid}), **tests}
     sets['train'] = check_labelled(*train, 'train')
@@ -242,7 +249,8 @@ def at_epoch(history:pd.DataFrame, epoch:int|None=None # None: the last
     epoch = history.epoch.max() if epoch is None else epoch
     rows = history[history.epoch == epoch].set_index('split')
     if rows.empty:
-        raise UserError(f'epoch {epoch} is not in the history, which has {history.epoch.min()} to {history.epoch.max()}')
+        raise UserError(f'epoch {epoch} is not in the history, '
+                        f'which has {history.epoch.min()} to {history.epoch.max()}')
     return rows
 
 # %% ../../nbs/14_classify.ipynb #748167b3
@@ -250,5 +258,7 @@ def selected_epoch(history:pd.DataFrame, # from `train_classifier` with `valid`
                   ) -> int:
     "The earliest epoch of the best validation accuracy. Test rows are never looked at."
     v = history[history.split == 'valid']
-    if v.empty: raise UserError("the history has no 'valid' rows to choose an epoch by: give train_classifier `valid=(x, y)`")
+    if v.empty:
+        raise UserError("the history has no 'valid' rows to choose an epoch by: "
+                        'give train_classifier `valid=(x, y)`')
     return int(v.epoch[v.accuracy.idxmax()])

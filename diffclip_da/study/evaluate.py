@@ -45,41 +45,46 @@ def draw_set(images:ImageSet, style:str, folder, # PNGs are written to `folder`,
     return ImageSet(f'{style} of {images.name}', Store(folder), files, labels, images.classes,
                     captions=images.captions)
 
-# %% ../../nbs/15c_evaluate.ipynb #bad574cc
+# %% ../../nbs/15c_evaluate.ipynb #cb25ae9e
 def in_classes(images:ImageSet, classes:list) -> ImageSet: # names, in the order wanted
-    "The same images, their labels counted in the order of `classes`. `UserError` unless the names are the same."
+    "The same images, labels counted in the order of `classes`. `UserError` unless the names are the same."
     if set(images.classes) != set(classes):
-        raise UserError(f"{images.name} has the classes {', '.join(images.classes) or 'none'}, the source has "
-                        f"{', '.join(classes)}: a target needs the same names, in any order")
+        mine = ', '.join(images.classes) or 'none'
+        raise UserError(f"{images.name} has the classes {mine}, the source has {', '.join(classes)}: "
+                        'a target needs the same names, in any order')
     new, at = images.subset(images.ids, images.name), images.classes.index
     new.classes, new.captions = list(classes), [images.captions[at(c)] for c in classes]
     new.labels = {i: classes.index(images.classes[k]) for i, k in images.labels.items()}
     return new
 
-# %% ../../nbs/15c_evaluate.ipynb #661b4066
+# %% ../../nbs/15c_evaluate.ipynb #2a756ea7
 ROLES = 'train', 'select', 'unlabelled', 'oracle', 'test'
 HELD_OUT = 'test'   # the name of the split, in CelebA's list and in FS2K's annotations
 
 def check_roles(manifest:pd.DataFrame): # columns role, set, split, id, sha256
-    "`UserError` when a test picture, by id or by bytes, has another role, or a held-out split more than testing."
+    "`UserError` when a test picture (by id or bytes) has another role, or a held-out split does."
     named = lambda rows: ', '.join(sorted(set(rows.role)))
-    if bad := sorted(set(manifest.role) - set(ROLES)): raise UserError(f"role {bad[0]!r} is none of {', '.join(ROLES)}")
+    if bad := sorted(set(manifest.role) - set(ROLES)):
+        raise UserError(f"role {bad[0]!r} is none of {', '.join(ROLES)}")
     test, rest = manifest[manifest.role == 'test'], manifest[manifest.role != 'test']
     if test.empty: raise UserError('no test pictures')
     for c in ('id', 'sha256'):
         if both := sorted(set(test[c]) & set(rest[c])):
-            raise UserError(f'{len(both)} test pictures are also used as {named(rest[rest[c].isin(both)])}, '
-                            f'for instance {both[0]}')
+            others = named(rest[rest[c].isin(both)])
+            raise UserError(f'{len(both)} test pictures are also used as {others}, for instance {both[0]}')
     if len(bad := rest[rest.split == HELD_OUT]):
-        raise UserError(f'{len(bad)} pictures of a test split are used as {named(bad)}, for instance {bad.id.iloc[0]}')
+        raise UserError(f'{len(bad)} pictures of a test split are used as {named(bad)}, '
+                        f'for instance {bad.id.iloc[0]}')
     if len(bad := test[test.split != HELD_OUT]):
-        raise UserError(f'{len(bad)} test pictures are not of a test split, for instance {bad.id.iloc[0]}')
+        raise UserError(f'{len(bad)} test pictures are not of a test split, '
+                        f'for instance {bad.id.iloc[0]}')
 
-# %% ../../nbs/15c_evaluate.ipynb #759586dd
+# %% ../../nbs/15c_evaluate.ipynb #a84dbf92
 class Evaluation:
     "An experiment, a target domain from outside, and each method's answers on the test sets."
     def __init__(self, exp:Experiment, fs2k:str='', # FS2K's folder
-                 target:dict|None=None, name:str='', # own labelled `ImageSet`s 'train' and 'test'; what to call them
+                 target:dict|None=None, # own labelled `ImageSet`s 'train' and 'test'
+                 name:str='', # what to call them
                  n_labelled:int|None=None): # so many labelled photos for the classifiers; None: all
         self.exp, self.fs2k, self.n_labelled = exp, fs2k, n_labelled
         self._target, self._name, self._parts, self._shared = target, name, {}, {}
@@ -102,7 +107,8 @@ class Evaluation:
         whole = load_whole(p, exp.folder, exp.root/p.name)['train']
         used = {i for s in exp.splits.values() for i in s.ids}
         spare = [i for i in whole.ids if i not in used][:p.n_train]
-        if not spare: raise UserError(f'{whole.name}: no photos are left to draw; give a labelled target of your own')
+        if not spare:
+            raise UserError(f'{whole.name}: no photos are left to draw; give a labelled target of your own')
         return dict(train=self.drawn(whole.subset(spare)), test=self.drawn('test'))
 
     def drawn(self, images) -> ImageSet: # 'train', 'valid', 'test', or an ImageSet
@@ -146,7 +152,8 @@ class Evaluation:
                                {k: hash_of(s) for k, s in tests.items()}])
 
     def answer(self, name:str, seed:int, # of `METHODS`
-               tests:dict|None=None, history:bool=False) -> dict: # None: `tests`; measure after each epoch, too
+               tests:dict|None=None, # None: the property `tests`
+               history:bool=False) -> dict: # measure after each epoch, too
         "One method, one seed, all test sets -> dict(p={test: probabilities [n, K]}, history=...)."
         m, tests = METHODS[name], tests or self.tests
         seed = seed if m.seeded else 0
@@ -163,7 +170,7 @@ def hash_of(part) -> str|list: # a set (x, y), pictures, or a guide
     if isinstance(part, tuple): return [tensor_hash(v) for v in part]
     return tensor_hash(part) if isinstance(part, torch.Tensor) else fingerprint(part)
 
-# %% ../../nbs/15c_evaluate.ipynb #7d8f6e85
+# %% ../../nbs/15c_evaluate.ipynb #d2e967a4
 VARIED = dict(target='charcoal drawing'), dict(recipe__seed=1)
 
 def control(ev:Evaluation) -> ImageSet:
@@ -191,10 +198,11 @@ def fewer(task:Task, n:int) -> Task: # labelled photos at most
     picked = [(y == c).nonzero().flatten() for c in range(task.n_classes)]
     keep = torch.cat([k[:max(1, round(n * len(k) / len(y)))] for k in picked]).sort().values
     cut = lambda s: s and (s[0].index_select(s[0].ndim - 4, keep), s[1][keep])
-    same = ('source', 'adapted', 'control', 'varied', 'drawn')   # made from the same photos, in the same order
+    # made from the same photos, in the same order
+    same = 'source', 'adapted', 'control', 'varied', 'drawn'
     return replace(task, **{f: cut(getattr(task, f)) for f in same}, shared={})
 
-# %% ../../nbs/15c_evaluate.ipynb #dc6fc8a7
+# %% ../../nbs/15c_evaluate.ipynb #376eb8e9
 DATA_SETTINGS = 'dataset', 'attribute', 'size', 'n_train', 'n_valid', 'n_test', 'data_seed', 'balanced'
 MODEL_SETTINGS = 'unet', 'clip', 'embedder', 'size'
 
@@ -203,7 +211,8 @@ def variant(ev:Evaluation, **changes) -> Evaluation: # settings of the profile, 
     old = ev.exp
     p = override(old.profile, **changes)
     same = lambda names: all(setting(p, k) == setting(old.profile, k) for k in names)
-    exp = Experiment(p, old.root, old.figures, old.folder, old.splits if same(DATA_SETTINGS) else None, old.device)
+    sets = old.splits if same(DATA_SETTINGS) else None
+    exp = Experiment(p, old.root, old.figures, old.folder, sets, old.device)
     if same(MODEL_SETTINGS): exp.models = old.models
     return Evaluation(exp, ev.fs2k, ev.target, ev.name, ev.n_labelled)
 
@@ -225,22 +234,21 @@ def manifest_of(ev:Evaluation) -> pd.DataFrame: # columns role, set, split, id, 
     check_roles(rows)
     return rows
 
-# %% ../../nbs/15c_evaluate.ipynb #963890d0
-def compare_methods(ev:Evaluation, methods=tuple(METHODS), reference:str='source_only') -> dict: # -> summary
-    """`<method>/<test>/<measure>` over seeds, `<method>_minus_<reference>/<test>/balanced_accuracy` over test images.
-
-    The difference is taken to the reference by the method's own budget too."""
+# %% ../../nbs/15c_evaluate.ipynb #4241a7c0
+def compare_methods(ev:Evaluation, methods=tuple(METHODS), reference:str='source_only') -> dict: # summary
+    """`<method>/<test>/<measure>` over seeds, and over test images the differences
+    `<method>_minus_<reference>/<test>/balanced_accuracy`, to the reference by the method's own budget too."""
     if reference not in methods:
         raise UserError(f'{reference} is what the others are compared with; leave it among the methods')
     seeds, summary = ev.exp.profile.seeds, {}
     p = {m: [ev.answer(m, s)['p'] for s in (seeds if METHODS[m].seeded else seeds[:1])] for m in methods}
     for m in methods:
-        others = [r for r in dict.fromkeys((reference, same_budget(m, reference))) if r in methods and r != m]
+        others = {reference, same_budget(m, reference)} & set(methods) - {m}
         for k, (_, y) in ev.tests.items():
             rows = pd.DataFrame([score(y, a[k]) for a in p[m]])
             for c in MEASURES: summary[f'{m}/{k}/{c}'] = over_seeds(rows[c])
             summary[f'{m}/{k}/accuracy']['ci95_images'] = image_interval(rows.accuracy.mean(), len(y))
-            for r in others:
+            for r in sorted(others):
                 d = paired_bootstrap(y, *([a[k] for a in p[q]] for q in (m, r)))
                 summary[f'{m}_minus_{r}/{k}/balanced_accuracy'] = d
     return summary

@@ -34,7 +34,7 @@ from .stats import MEASURES, over_images, paired, summarise, tolerances
 class Experiment:
     "The chain of one profile; each stage is made when it is first asked for, and found again afterwards."
     def __init__(self, profile: Profile,
-                 root=None, figures=None,  # where caches and figures go; None: runs/ and figures/ of the repository
+                 root=None, figures=None,  # for caches and figures; None: runs/, figures/ of the repository
                  folder='',                # of the data set, where the profile needs one
                  sets: dict | None = None, # own labelled `ImageSet`s 'train', 'valid', 'test'
                  device=None):             # None: the best there is
@@ -86,7 +86,8 @@ class Experiment:
 
     def adapt_split(self, s: str) -> ImageSet: # 'train', 'valid' or 'test'
         "One split in the target domain, same ids and labels."
-        if s not in self._adapted: self._adapted[s] = self.transform(f'adapt {s}', self.adapter, self.splits[s])
+        if s not in self._adapted:
+            self._adapted[s] = self.transform(f'adapt {s}', self.adapter, self.splits[s])
         return self._adapted[s]
 
     @property
@@ -95,19 +96,22 @@ class Experiment:
 
     def tensors(self, split: str, domain: str) -> tuple: # 'train' ...; 'original' or 'adapted' -> (x, y)
         "Images [n, 3, size, size] in [-1, 1] and labels [n] of a split."
-        if domain not in ('original', 'adapted'): raise UserError(f"domain {domain!r}; there are: original, adapted")
+        if domain not in ('original', 'adapted'):
+            raise UserError(f"domain {domain!r}; there are: original, adapted")
         if (split, domain) not in self._tensors:
             images = self.splits[split] if domain == 'original' else self.adapt_split(split)
-            self._tensors[split, domain] = images.tensor(images.ids, self.profile.size), images.labels_of(images.ids)
+            x, y = images.tensor(images.ids, self.profile.size), images.labels_of(images.ids)
+            self._tensors[split, domain] = x, y
         return self._tensors[split, domain]
 
     def data_key(self) -> str:
         "Hash over the bytes and labels of all images, original and adapted."
-        sets = {f'{s} {d}': i for d, by in (('original', self.splits), ('adapted', self.adapted)) for s, i in by.items()}
+        domains = dict(original=self.splits, adapted=self.adapted)
+        sets = {f'{s} {d}': i for d, by in domains.items() for s, i in by.items()}
         tables = {k: i.manifest() for k, i in sets.items()}
         return canonical_hash({k: [list(t.sha256), t.label.tolist()] for k, t in tables.items()})
 
-    def histories(self, trained_on: str) -> pd.DataFrame: # 'original' or 'adapted' -> seed, epoch, split, loss, ...
+    def histories(self, trained_on: str) -> pd.DataFrame: # 'original', 'adapted' -> seed, epoch, split, ...
         "Train the classifier once for each seed."
         p, tables = self.profile, []
         upstream = [trained_on, p.training, p.size, self.data_key(), code_hash(train_classifier)]
@@ -121,7 +125,8 @@ class Experiment:
 
     def train(self, trained_on: str, seed: int) -> pd.DataFrame:
         "One classifier, measured after each epoch."
-        tests = {f'test_{name}': self.tensors('test', d) for name, d in (('original', 'original'), ('target', 'adapted'))}
+        tests = dict(test_original=self.tensors('test', 'original'),
+                     test_target=self.tensors('test', 'adapted'))
         return train_classifier(self.tensors('train', trained_on), tests, self.tensors('valid', trained_on),
                                 self.profile.training, seed, device=self.device,
                                 desc=f'classifier on {trained_on}, seed {seed}')[1]
@@ -131,7 +136,9 @@ WORDS = dict(shipped='stand-in', published='published or own weights', random='R
 
 def caption(exp: Experiment, how: str) -> str: # what the lines or pictures are
     "What made the figure: weights, data, versions."
-    say = lambda w: f"{w['name'].removeprefix('diffclip_da/assets/')} ({WORDS.get(w['provenance'], w['provenance'])})"
+    def say(w):
+        name = w['name'].removeprefix('diffclip_da/assets/')
+        return f"{name} ({WORDS.get(w['provenance'], w['provenance'])})"
     nets = '; '.join(f'{role} {say(w)}' for role, w in exp.weights.items())
     p, v = exp.profile, versions()
     counts = ', '.join(f'{len(s):,} {name}' for name, s in exp.splits.items())
@@ -141,8 +148,9 @@ def caption(exp: Experiment, how: str) -> str: # what the lines or pictures are
 def describe_sets(sets: dict) -> dict: # split -> labelled `ImageSet`
     "Images per class and split, hash over images and labels."
     tables = {s: i.manifest() for s, i in sets.items()}
+    def sha256(m): return canonical_hash([list(m.index), list(m.sha256), m.label.tolist()])
     return dict(counts={s: i.counts() for s, i in sets.items()},
-                sha256={s: canonical_hash([list(m.index), list(m.sha256), m.label.tolist()]) for s, m in tables.items()})
+                sha256={s: sha256(m) for s, m in tables.items()})
 
 def majority_share(exp: Experiment) -> float:
     "Accuracy on the test split of always answering the training split's most frequent class."
@@ -152,18 +160,21 @@ def majority_share(exp: Experiment) -> float:
 def experiment_record(exp: Experiment, figure: str, numbers: dict, summary: dict, tolerance: dict) -> dict:
     "A figure's record, with the seconds that each stage took where it was made."
     p = exp.profile
-    data = dict(name=DATASETS[p.dataset].title, classes=exp.splits['train'].classes, **describe_sets(exp.splits))
+    data = dict(name=DATASETS[p.dataset].title, classes=exp.splits['train'].classes,
+                **describe_sets(exp.splits))
     r = make_record(figure, p.name, p, p.seeds, exp.weights, data, numbers, summary, tolerance)
     return dict(r, device=str(exp.device), seconds=dict(exp.seconds))
 
 # %% ../../nbs/15_experiment.ipynb #38f0aaa5
-def training_figure(exp: Experiment, figure: str, trained_on: str, title: str, extra=lambda summary: {}) -> tuple:
+def training_figure(exp: Experiment, figure: str, trained_on: str, title: str,
+                    extra=lambda summary: {}) -> tuple:
     "Make and save Figure 3 or 4 -> (fig, record, table)."
     h = exp.histories(trained_on)
     n = {s: len(exp.splits[s.split('_')[0]]) for s in h.split.unique()}
     summary = summarise(h, n)
     summary.update(extra(summary))
-    numbers = {s: {m: {str(seed): g[m].tolist() for seed, g in rows.groupby('seed')} for m in ('loss', *MEASURES)}
+    def by_seed(rows, m): return {str(seed): g[m].tolist() for seed, g in rows.groupby('seed')}
+    numbers = {s: {m: by_seed(rows, m) for m in ('loss', *MEASURES)}
                for s, rows in h.groupby('split', sort=False)}
     majority, p = majority_share(exp), exp.profile
     numbers.update(epochs=sorted(h.epoch.unique().tolist()), majority=majority,
@@ -180,7 +191,7 @@ def figure3(exp: Experiment) -> tuple: # (fig, record, table)
     return training_figure(exp, 'figure3', 'original', 'Trained on original images')
 
 def figure4(exp: Experiment) -> tuple: # (fig, record, table)
-    "Figure 4: the classifier trained on adapted images; the record holds the gain over Figure 3 too, seed by seed."
+    "Figure 4: the classifier trained on adapted images; the record holds the gain over Figure 3, too."
     n = {s: len(exp.splits[s.split('_')[0]]) for s in ('train', 'valid', 'test_original', 'test_target')}
     def gain(ours):
         theirs = summarise(exp.histories('original'), n)
@@ -190,7 +201,7 @@ def figure4(exp: Experiment) -> tuple: # (fig, record, table)
 
 # %% ../../nbs/15_experiment.ipynb #782d200d
 def measure_adaptation(exp: Experiment) -> pd.DataFrame: # one row per test image
-    "pixel_change (mean, of the 0-1 range), identity_cosine, the guide's probability of the target's words before, after."
+    "pixel_change (of the 0-1 range), identity_cosine, the guide's probability of the target before, after."
     p, (_, guide, face), test = exp.profile, exp.models, exp.splits['test']
     before, after, rows = exp.tensors('test', 'original')[0], exp.tensors('test', 'adapted')[0], []
     for k in progress(range(0, len(test), 50), desc='measuring'):
@@ -201,13 +212,14 @@ def measure_adaptation(exp: Experiment) -> pd.DataFrame: # one row per test imag
         rows.append(torch.stack([change, cosine, *prob], 1).cpu())
     names = ['pixel_change', 'identity_cosine', 'target_before', 'target_after']
     table = pd.DataFrame(torch.cat(rows).double().numpy(), columns=names)
-    return table.assign(id=test.ids, label=[test.classes[test.labels[i]] for i in test.ids])[['id', 'label', *names]]
+    labels = [test.classes[test.labels[i]] for i in test.ids]
+    return table.assign(id=test.ids, label=labels)[['id', 'label', *names]]
 
 # %% ../../nbs/15_experiment.ipynb #583eb973
 PLURAL = dict(female='women', male='men')
 
 def figure2(exp: Experiment, n: int = 4) -> tuple: # images of each class -> (fig, record, table)
-    "Figure 2: sources above adapted images, the first test images of each class. Saved under figures/<profile>/."
+    "Figure 2: sources above adapted images, the first test images of each class."
     test, table = exp.splits['test'], measure_adaptation(exp)
     k = [j for c in test.classes for j in table.index[table.label == c][:n]]
     shown, plural = table.iloc[k], lambda c: PLURAL.get(c, c)
@@ -222,12 +234,13 @@ def figure2(exp: Experiment, n: int = 4) -> tuple: # images of each class -> (fi
     return fig, record, table
 
 # %% ../../nbs/15_experiment.ipynb #ed3f83f7
-def compare_records(new: dict, committed: dict) -> pd.DataFrame: # -> metric, new, committed, difference, tolerance, ok
-    "Whether `new` agrees with `committed` within its tolerances. `UserError` unless figure and settings are the same."
+def compare_records(new: dict, committed: dict) -> pd.DataFrame: # metric, new, committed, ..., ok
+    "Does `new` agree with `committed` within its tolerances? `UserError` if figure or settings differ."
     for k in ('figure', 'profile'):
         if new[k] != committed[k]: raise UserError(f'cannot compare: {k} is {new[k]!r} and {committed[k]!r}')
     if differ := differing(new['config'], committed['config']):
-        raise UserError('cannot compare, the settings differ: ' + ', '.join(f'{k} = {a!r} and {b!r}' for k, a, b in differ))
+        said = ', '.join(f'{k} = {a!r} and {b!r}' for k, a, b in differ)
+        raise UserError(f'cannot compare, the settings differ: {said}')
     rows = []
     for k, tol in committed['tolerance'].items():
         mine, theirs = new['summary'].get(k, {}).get('mean', np.nan), committed['summary'][k]['mean']
