@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from ..core import UserError
+from ..models.identity import identity_loss
 
 # %% ../../nbs/10_losses.ipynb #e120eb81
 def cosine_loss(a,       # [b, d], any length, zero allowed
@@ -172,8 +173,7 @@ def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
         terms['clip'] = directional_loss(clip, *views, delta_t)
     if l1_weight: terms['l1'] = l1_loss(x_gen, x_ref)
     if id_weight:
-        with torch.no_grad(): ref = embedder.embed(x_ref)
-        terms['id'] = cosine_loss(embedder.embed(x_gen), ref)
+        terms['id'] = identity_loss(embedder, x_gen, x_ref)
     if grid_weight: terms['grid'] = grid_loss(x_gen, x_ref)
     if colour_weight: terms['colour'] = colour_loss(x_gen, x_ref)
     if not terms:

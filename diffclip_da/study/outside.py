@@ -67,7 +67,7 @@ class Sheet:
     @property
     def table(self) -> pd.DataFrame: return pd.DataFrame(self.rows)
 
-    def add(self, key:str, ev:Evaluation, method:str, test:str, **labels): # key: of the summary
+    def add(self, key:str, ev:Evaluation, method:str, test:str, /, **labels): # key: of the summary
         "A method's balanced accuracy on a test set."
         values = seeds_of(ev, method, test)
         self.summary[f'{key}/balanced_accuracy'] = over_seeds(values)

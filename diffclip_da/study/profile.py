@@ -13,7 +13,7 @@ from ..adaptation.finetune import CAREFUL, Recipe
 from ..core import UserError
 from ..data import PARTITIONS, ImageSet, check_splits, labelled_split, load_dataset
 from ..diffusion.walk import Walk
-from ..models.load import load_embedder, load_guide, load_unet, toy_models
+from ..models.load import load_embedder, load_guide, load_unet
 from ..settings import override
 from .classify import CLASSIFIERS, Training
 
@@ -93,11 +93,8 @@ def load_splits(p: Profile, folder='', root='runs') -> dict[str, ImageSet]:
 
 def load_models(p: Profile, device='cpu') -> tuple: # (unet, guide, embedder), frozen, on the device
     "The three networks that a profile names."
-    toys = toy_models(p.size) if 'toy' in (p.unet, p.clip, p.embedder) else (None,) * 3
-    unet = toys[0] if p.unet == 'toy' else load_unet(p.unet, device)
+    unet = load_unet(p.unet, device, **(dict(image_size=p.size) if p.unet == 'toy' else {}))
     if unet.image_size != p.size:
         raise UserError(f'size = {p.size}, but the U-Net {p.unet} works at {unet.image_size} px; '
                         f'give size={unet.image_size} or another U-Net')
-    guide = toys[1] if p.clip == 'toy' else load_guide(p.clip, device=device)
-    face = toys[2] if p.embedder == 'toy' else load_embedder(p.embedder, device)
-    return unet.to(device), guide.to(device), face.to(device)
+    return unet, load_guide(p.clip, device=device), load_embedder(p.embedder, device)
