@@ -53,8 +53,8 @@ guide: $(STAMP) ## a second guide that never saw a hand-drawn sketch, for Figure
 	$(BIN)/python -m diffclip_da.workshop.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out runs/guide/clip --work runs/guide/train --n-sketches 0 --n-photos 0 --steps 4000 --rounds 4 --bf16
 
 test: $(STAMP) ## every notebook (nbdev_test), then the test suite
-	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 $(BIN)/nbdev_test --n_workers 2
-	DIFFCLIP_QUIET=1 $(BIN)/pytest -q
+	PATH="$(abspath $(BIN)):$$PATH" DIFFCLIP_QUIET=1 OMP_NUM_THREADS=1 $(BIN)/nbdev_test --n_workers 2
+	DIFFCLIP_QUIET=1 OMP_NUM_THREADS=1 $(BIN)/pytest -q -n 2 --dist loadfile
 
 check: $(STAMP) ## notebooks clean, package in sync with them, rules of the house kept
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python tests/check_sync.py
