@@ -86,3 +86,11 @@ def test_bfloat16_only_where_it_is_fast(monkeypatch, capsys):
         monkeypatch.setattr(loop.torch.cpu, 'get_capabilities', lambda has=has: has)
         assert fast_bfloat16('cpu') is fast and bfloat16_or_not(True) is fast and bfloat16_or_not(False) is False
     assert capsys.readouterr().out.count('computing in float32') == 2
+
+
+@pytest.mark.parametrize('has, want', [(dict(avx512_bf16=True), 'bfloat16'), (dict(amx_bf16=True), 'bfloat16'), (dict(avx2=True), 'float32'), ({}, 'float32')])
+def test_the_fastest_number_type_is_that_of_the_processor(monkeypatch, has, want):
+    monkeypatch.setattr(torch.cpu, 'get_capabilities', lambda: has, raising=False)
+    assert loop.fast_dtype() == want
+    monkeypatch.delattr(torch.cpu, 'get_capabilities')   # an older torch
+    assert loop.fast_dtype() == 'float32'

@@ -11,6 +11,7 @@ from diffclip_da.data import find_celeba
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.load import load_guide
+from diffclip_da.models.loop import fast_dtype
 from diffclip_da.settings import homes, override
 from diffclip_da.study.classify import Training
 from diffclip_da.study.profile import PROFILES, get_profile, given, load_models, load_splits
@@ -22,7 +23,7 @@ def test_profiles_are_the_papers_and_ours():
     e, c, p = (PROFILES[k] for k in ('embedded', 'celeba64', 'paper'))
     assert (e.n_train, e.n_valid, e.n_test, e.walk, e.recipe, e.training) == (400, 100, 300, Walk(), Recipe(), Training())
     assert (c.n_train, c.n_valid, c.n_test, c.source, c.target, c.recipe) == (1200, 100, 300, 'photo', 'sketch', Recipe())
-    assert (e.compute.dtype, c.compute.dtype, c.training.dtype) == ('float32', 'bfloat16', 'bfloat16')
+    assert e.compute.dtype == e.training.dtype == 'float32' and c.compute.dtype == c.training.dtype == fast_dtype()
     assert (p.size, p.walk.t0, p.walk.n_inv, p.walk.n_gen, p.clip, p.embedder) == (256, 601, 40, 6, 'ViT-B-16/openai', 'facenet:vggface2')
     assert (p.walk.inversion, p.recipe.images_per_update, p.recipe.n_images, p.recipe.passes) == ('ddim', 1, 50, 6)
     for q in PROFILES.values():

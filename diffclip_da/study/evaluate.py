@@ -21,6 +21,7 @@ from PIL import Image
 
 from ..core import UserError, fold_seed
 from ..data import ImageSet, Store, load_dataset
+from ..models.loop import fast_dtype
 from ..settings import override, setting
 from ..store import atomic_write, canonical_hash, code_hash, fingerprint, read_json, tensor_hash, write_json
 from ..styles import render
@@ -217,9 +218,10 @@ def variant(ev:Evaluation, **changes) -> Evaluation: # settings of the profile, 
     return Evaluation(exp, ev.fs2k, ev.target, ev.name, ev.n_labelled)
 
 def open_evaluation(profile:str, celeba:str='', fs2k:str='', # a profile's name; folders of data
-                    dtype:str|None='bfloat16', # of all networks' arithmetic; None: as the profile says
+                    dtype:str|None=None, # of all networks' arithmetic; None: the fastest, see `fast_dtype`
                     **overrides) -> Evaluation: # settings of the profile
     "What a figure notebook starts from."
+    dtype = dtype or fast_dtype()
     p = get_profile(profile, compute__dtype=dtype, training__dtype=dtype, **overrides)
     return Evaluation(Experiment(p, folder=celeba), fs2k)
 

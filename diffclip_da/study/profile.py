@@ -14,6 +14,7 @@ from ..core import UserError
 from ..data import PARTITIONS, ImageSet, check_splits, labelled_split, load_dataset
 from ..diffusion.walk import Walk
 from ..models.load import load_embedder, load_guide, load_unet
+from ..models.loop import fast_dtype
 from ..settings import override
 from .classify import CLASSIFIERS, Training
 
@@ -45,7 +46,7 @@ FIVE = 0, 1, 2, 3, 4
 PROFILES = {p.name: p for p in (
     Profile('embedded', n_train=400, n_valid=100, seeds=FIVE),
     Profile('celeba64', dataset='celeba', n_valid=100, seeds=FIVE,
-            compute=Compute(dtype='bfloat16'), training=Training(dtype='bfloat16')),
+            compute=Compute(dtype=fast_dtype()), training=Training(dtype=fast_dtype())),
     Profile('paper', dataset='celeba', size=256, unet='google/ddpm-celebahq-256', clip='ViT-B-16/openai',
             embedder='facenet:vggface2', walk=Walk(t0=601, n_inv=40, n_gen=6, inversion='ddim', n_iter=1),
             recipe=replace(CAREFUL, id_weight=.3, grid_weight=0., images_per_update=1, lr=8e-6, lr_growth=1.3,
