@@ -30,7 +30,8 @@ from .store import (asset_file, atomic_write, canonical_hash, check_not_html, lo
 # %% ../nbs/06_data.ipynb #8e1e0543
 def to_rgb(im:Image.Image) -> Image.Image:
     "Any PIL image -> upright RGB of 8 bits, transparency over white, 16-bit grey divided by 257."
-    im = ImageOps.exif_transpose(im)
+    with suppress(Exception):   # odd metadata is no reason to refuse good pixels
+        im = ImageOps.exif_transpose(im)
     if im.mode == 'RGB' and 'transparency' not in im.info: return im
     if im.mode.startswith('I'):
         grey = (np.asarray(im).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8)
@@ -52,7 +53,7 @@ def decode(b:bytes, where:str) -> Image.Image:
         im = Image.open(io.BytesIO(b))
         im.load()
         return to_rgb(im)
-    except _BROKEN as e:
+    except Exception as e:   # damaged bytes may raise anything in a decoder
         kind = 'truncated' if 'truncated' in str(e).lower() else 'damaged, or not an image'
         why = e if str(e) and 'BytesIO' not in str(e) else type(e).__name__
         text = f'{where}: the image is {kind} ({why}); fetch it again or delete it'
@@ -429,24 +430,30 @@ def image_folder(root,          # a folder (searched with its sub-folders) or a 
 PARTITIONS = dict(train=0, valid=1, test=2)
 
 def _find(root:Path, name:str) -> Path|None:
-    "A file of CelebA below `root`: there, in torchvision's layout, or in the official one."
+    "A file of CelebA below `root`: there, or in the layout of torchvision, of CelebA or of Kaggle."
     for base in (root, root/'celeba', root/'CelebA'):
         for sub in ('', 'Img', 'Anno', 'Eval'):
-            if (p := base/sub/name).exists(): return p
+            for p in (base/sub/name, (base/sub/name).with_suffix('.csv')):
+                if p.exists() and (p.suffix != '.csv' or name.endswith('.txt')): return p
+
+def _fields(path) -> list[tuple]: # (line number, [field, ...])
+    "Lines of one of CelebA's lists, cut at spaces, or at commas as Kaggle has them."
+    check_not_html(path)
+    lines = Path(path).read_text(encoding='utf-8-sig', errors='replace').splitlines()
+    by = ',' if lines and ',' in lines[0] else None
+    cut = [(n, [f.strip() for f in line.split(by)]) for n, line in enumerate(lines, 1) if line.strip()]
+    return cut[1:] if by and cut[0][1][0] == 'image_id' and len(cut[0][1]) == 2 else cut
 
 def _read_pairs(path) -> dict[str, int]:
-    "A text file of lines `name number`."
-    check_not_html(path)
+    "A list of lines `name number`."
     pairs = {}
-    lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
-    for n, line in enumerate(lines, 1):
-        if not line.strip(): continue
+    for n, fields in _fields(path):
         try:
-            name, value = line.split()
+            name, value = fields
             value = int(value)
         except ValueError:
-            raise UserError(f'{path}: line {n} is {line[:60]!r}, expected "name.jpg number"; fetch '
-                            'the file again') from None
+            raise UserError(f'{path}: line {n} is {" ".join(fields)[:60]!r}, expected "name.jpg number"; '
+                            'fetch the file again') from None
         if name in pairs:
             raise UserError(f'{path}: {name} is given twice (line {n}); fetch the file again')
         pairs[name] = value
@@ -454,28 +461,29 @@ def _read_pairs(path) -> dict[str, int]:
 
 # %% ../nbs/06_data.ipynb #620462b2
 def read_attribute(path, attribute:str) -> dict[str, int]:
-    "One column of `list_attr_celeba.txt`: name -> 0 or 1."
-    check_not_html(path)
-    lines = Path(path).read_text(encoding='utf-8', errors='replace').splitlines()
-    names = lines[1].split() if len(lines) > 1 else []
-    if not names or not lines[0].strip().isdigit():
+    "One column of `list_attr_celeba.txt`, or of Kaggle's .csv: name -> 0 or 1."
+    lines = [f for _, f in _fields(path)]
+    count = None   # Kaggle's file does not say how many lines it has
+    if lines and lines[0][0] == 'image_id': names, rows = lines[0][1:], lines[1:]
+    elif len(lines) > 1 and len(lines[0]) == 1 and lines[0][0].isdigit():
+        count, names, rows = int(lines[0][0]), lines[1], lines[2:]
+    else:
         raise UserError(f'{path}: not a CelebA attribute file (line 1: number of images, line 2: '
-                        'attribute names); fetch it again')
+                        'attribute names; or a .csv that begins with image_id); fetch it again')
     if attribute not in names:
         near = difflib.get_close_matches(attribute, names, 3, .4) or names
         raise UserError(f'{path}: no attribute {attribute!r}; did you mean {", ".join(near)}?')
     col, values = names.index(attribute) + 1, {}
-    for n, line in enumerate(lines[2:], 3):
-        if not (f := line.split()): continue
+    for n, f in enumerate(rows, len(lines) - len(rows) + 1):
         if len(f) != len(names) + 1 or f[col] not in ('1', '-1', '0'):
             raise UserError(f'{path}: line {n} does not hold a name and {len(names)} values of -1 '
                             'or 1; fetch the file again')
         if f[0] in values:
             raise UserError(f'{path}: {f[0]} is given twice (line {n}); fetch the file again')
         values[f[0]] = int(f[col] == '1')
-    if len(values) != int(lines[0]):
+    if count not in (None, len(values)):
         raise UserError(f'{path}: {len(values):,} lines, but its first line says '
-                        f'{int(lines[0]):,}; the download was cut short: fetch it again')
+                        f'{count:,}; the download was cut short: fetch it again')
     return values
 
 # %% ../nbs/06_data.ipynb #3d439993

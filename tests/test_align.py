@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from diffclip_da.adaptation.folder import main
+import diffclip_da.align as align
 from diffclip_da.align import TEMPLATE, align_faces, find_face, fit_similarity, warp
 from diffclip_da.core import UserError
 from diffclip_da.data import image_folder
@@ -68,6 +69,24 @@ def test_labels_and_bytes_stay(photos, tmp_path):
     one, two = (align_faces(images, tmp_path/d, 32)[0] for d in 'xy')
     assert one.labels == {'face0.png': 0, 'face1.png': 1}
     assert [one.image_hash(i) for i in one.ids] == [two.image_hash(i) for i in two.ids]
+
+def test_a_picture_too_small_for_the_finder_is_left_out_like_one_without_a_face(photos, tmp_path):
+    Image.new('RGB', (300, 12), 'white').save(photos/'banner.png')
+    try: aligned, table = align_faces(image_folder(photos, crop=None), tmp_path/'aligned', 32)
+    finally: (photos/'banner.png').unlink()
+    assert aligned.ids == ['face0.png', 'face1.png'] and set(table.id[~table.found]) == {'banner.png', 'sky.png'}
+
+def test_a_finished_alignment_is_found_again_and_a_damaged_or_other_one_is_not(photos, tmp_path, monkeypatch):
+    images, out, calls, real = image_folder(photos, crop=None), tmp_path/'aligned', [], align.find_face
+    monkeypatch.setattr(align, 'find_face', lambda *a: calls.append(1) or real(*a))
+    first, table = align_faces(images, out, 32)
+    again, same = align_faces(images, out, 32)
+    assert len(calls) == len(images) and again.files == first.files and same.equals(table)
+    (out/'000000.png').write_bytes(b'damaged')
+    align_faces(images, out, 32)
+    assert len(calls) == 2 * len(images)
+    align_faces(images.subset(images.ids[:1]), out, 32)
+    assert len(calls) == 2 * len(images) + 1
 
 def test_no_face_at_all_is_a_user_error(tmp_path):
     (tmp_path/'photos').mkdir(); Image.new('RGB', (100, 100)).save(tmp_path/'photos/a.png')

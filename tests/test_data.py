@@ -2,6 +2,7 @@ import io
 import json
 import pickle
 import random
+import struct
 import zipfile
 from multiprocessing import get_context
 
@@ -50,6 +51,19 @@ def test_palette_with_and_without_transparency():
     assert [rgb.getpixel((k, 0)) for k in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
     clear = decode(encoded(im, 'PNG', transparency=1), 'p.png')
     assert [clear.getpixel((k, 0)) for k in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
+
+
+def test_odd_metadata_never_stops_a_picture():
+    "A resolution written as text, as one camera does: turning the picture rewrites its tags and fails."
+    entries = struct.pack('<HHIHxx', 274, 3, 1, 6) + struct.pack('<HHII', 282, 2, 12, 38)
+    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + entries + struct.pack('<I', 0) + b'seventy-two\0'
+    assert decode(encoded(picture(1), exif=exif), 'phone.jpg').size == (64, 64)
+
+
+def test_whatever_a_decoder_raises_is_a_user_error(monkeypatch):
+    def broken(*a): raise ZeroDivisionError('in a codec')
+    monkeypatch.setattr(Image, 'open', broken)
+    with pytest.raises(UserError, match='odd.tif: the image is damaged'): decode(b'II*', 'odd.tif')
 
 
 def test_exif_orientation_is_applied():
@@ -346,6 +360,22 @@ def test_celeba_layouts(mini_celeba, tmp_path):
     assert celeba(tmp_path/'official').manifest().equals(want)
     (mini_celeba/'img_align_celeba').mkdir()                                # an empty folder beside the zip
     assert celeba(mini_celeba).manifest().equals(want)
+
+
+@pytest.mark.parametrize('suffix', ['.csv', '.txt'])
+def test_celeba_as_kaggle_serves_it(mini_celeba, tmp_path, suffix):
+    "Lists as .csv (or such a file renamed), pictures one folder deeper; the same images and labels."
+    root, rows = write_celeba(tmp_path/'kaggle', zipped=False), celeba_rows()
+    (root/'img_align_celeba').rename(root/'inner')
+    (root/'img_align_celeba').mkdir()
+    (root/'inner').rename(root/'img_align_celeba'/'img_align_celeba')
+    for name in ('list_attr_celeba', 'list_eval_partition', 'identity_CelebA'): (root/f'{name}.txt').unlink()
+    sign = lambda v: 2 * v - 1
+    (root/f'list_attr_celeba{suffix}').write_text('image_id,Male,Smiling\n' + ''.join(f'{n},{sign(r[1])},{sign(r[2])}\n' for n, r in rows.items()))
+    (root/f'list_eval_partition{suffix}').write_text('image_id,partition\n' + ''.join(f'{n},{r[0]}\n' for n, r in rows.items()))
+    for split in ('train', 'test'):
+        ours, theirs = celeba(root, split, 'Smiling'), celeba(mini_celeba, split, 'Smiling')
+        assert ours.ids == theirs.ids and ours.labels == theirs.labels and ours.identity is None
 
 
 def test_celeba_without_identities(mini_celeba):
