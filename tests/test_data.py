@@ -13,6 +13,7 @@ import torch
 from conftest import celeba_rows, encoded, picture, write_celeba
 from PIL import Image
 
+from diffclip_da import data
 from diffclip_da.core import UserError, from_pil
 from diffclip_da.store import sha256_bytes, write_json
 from diffclip_da.data import (ATTRIBUTE_WORDS, CELEBA_CROP, DATASETS, ImageSet, Store, attribute_captions, celeba, check_splits,
@@ -614,3 +615,24 @@ def test_store_names_what_it_cannot_read(photos):
     (photos/'0.png').unlink()
     with pytest.raises(UserError, match=r'photos/0\.png: cannot be read .*fetch it again'): s.tensor(['0.png'], 8)
     with pytest.raises(UserError, match='cannot be read'): Store(photos).read('nothing.png')
+
+
+@pytest.mark.parametrize('suffix, fmt', [('.tif', 'TIFF'), ('.tiff', 'TIFF'), ('.gif', 'GIF'), ('.jfif', 'JPEG'), ('.JPG', 'JPEG'), ('.bmp', 'BMP'), ('.webp', 'WEBP')])
+def test_whatever_pillow_decodes_is_an_image(tmp_path, suffix, fmt):
+    (tmp_path/f'a{suffix}').write_bytes(encoded(picture(3), fmt))
+    images = image_folder(tmp_path)
+    assert images.ids == [f'a{suffix}'] and images.tensor(size=32).shape == (1, 3, 32, 32) and images.left_out == {}
+
+
+def test_pictures_that_cannot_be_read_here_are_named_and_never_silently_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, 'UNREADABLE', ('.heic', '.dng')); monkeypatch.setattr(data, 'IMAGE_SUFFIXES', ('.jpg',))
+    for n in ('IMG_1.HEIC', 'b/raw.dng'):
+        (tmp_path/'photos'/n).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/'photos'/n).write_bytes(b'....')
+    with pytest.raises(UserError, match='IMG_1.HEIC, b/raw.dng cannot be read here, pip install pillow-heif'): image_folder(tmp_path/'photos')
+    for n in ('a.jpg', 'b.jpg'): (tmp_path/'photos'/n).write_bytes(encoded(picture(1)))
+    (tmp_path/'photos/notes.txt').write_text('no picture')
+    images = image_folder(tmp_path/'photos')
+    assert images.ids == ['a.jpg', 'b.jpg'] and set(images.left_out) == {'IMG_1.HEIC', 'b/raw.dng'}
+    (tmp_path/'l.csv').write_text('id,label\na.jpg,x\nb.jpg,y\nIMG_1.HEIC,x\n')
+    assert image_folder(tmp_path/'photos', tmp_path/'l.csv').labels == {'a.jpg': 0, 'b.jpg': 1}

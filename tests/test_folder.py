@@ -70,6 +70,15 @@ def test_a_corrupt_image_is_named_before_the_work_or_skipped_and_counted(tmp_pat
     assert len(got) == 6 and 'b/4.jpg' not in got.ids and 'left out: 1' in capsys.readouterr().out
     assert list(json.loads((tmp_path/'out/report.json').read_text())['skipped']) == ['b/4.jpg']
 
+def test_pictures_without_a_decoder_are_said_and_reported(tmp_path, photos, weights, capsys, monkeypatch):
+    from diffclip_da import data
+    monkeypatch.setattr(data, 'UNREADABLE', ('.heic',))
+    mixed = shutil.copytree(photos, tmp_path/'photos')
+    (mixed/'IMG_1.HEIC').write_bytes(b'....')
+    got = adapt_folder(mixed, 'a pencil sketch', tmp_path/'out', **small, **weights)
+    assert len(got) == 7 and 'left out: 1 (IMG_1.HEIC)' in capsys.readouterr().out
+    assert 'pillow-heif' in json.loads((tmp_path/'out/report.json').read_text())['skipped']['IMG_1.HEIC']
+
 def test_all_bad_images(tmp_path):
     (tmp_path/'p').mkdir(); (tmp_path/'p/1.png').write_text('no image')
     with pytest.raises(UserError, match='none of the 1 images'): check_images(image_folder(tmp_path/'p'), skip_bad=True)

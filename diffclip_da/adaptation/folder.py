@@ -173,7 +173,9 @@ def adapt_with(o: Options) -> ImageSet: # the adapted images, same ids and label
     check_folders(o.folder, o.out)
     check_words(o)
     out, (rank, _, _) = Path(o.out), processes()
-    images, bad = check_images(image_folder(o.folder, o.labels, None if o.align else 'center'), o.skip_bad)
+    whole = image_folder(o.folder, o.labels, None if o.align else 'center')
+    images, bad = check_images(whole, o.skip_bad)
+    bad = {**whole.left_out, **bad}
     adapter = open_adapter(o).check(o.target, o.source, o.recipe)
     if o.align:
         images, faces = align_faces(images, out/'.diffclip'/'aligned', adapter.size)
