@@ -79,6 +79,11 @@ def test_pictures_without_a_decoder_are_said_and_reported(tmp_path, photos, weig
     assert len(got) == 7 and 'left out: 1 (IMG_1.HEIC)' in capsys.readouterr().out
     assert 'pillow-heif' in json.loads((tmp_path/'out/report.json').read_text())['skipped']['IMG_1.HEIC']
 
+def test_another_size_than_the_networks_own_gets_a_word_of_caution(tmp_path, photos, weights, capsys):
+    adapt_folder(photos, 'a pencil sketch', tmp_path/'out', size=24, **small, **weights)
+    assert 'careful: this U-Net was trained at 16 px, and 24 px are asked for' in capsys.readouterr().out
+    assert Image.open(tmp_path/'out/images/a/0.png').size == (24, 24)
+
 def test_all_bad_images(tmp_path):
     (tmp_path/'p').mkdir(); (tmp_path/'p/1.png').write_text('no image')
     with pytest.raises(UserError, match='none of the 1 images'): check_images(image_folder(tmp_path/'p'), skip_bad=True)
@@ -96,6 +101,8 @@ def bad_commands(photos, tmp, weights):
         'prompt': (argv(photos, ok, weights, '--target', ' '), 'target is empty'),
         'same prompt': (argv(photos, ok, weights, '--target', 'photo'), 'no direction'),
         't0': (argv(photos, ok, weights, '--t0', 1000), 't0 = 1000'),
+        'size': (argv(photos, ok, weights, '--size', 17), 'size = 17: this U-Net takes multiples of 4 pixels; give 16'),
+        'no size': (argv(photos, ok, weights, '--size', -4), 'multiples of 4'),
         'passes': (argv(photos, ok, weights, '--passes', 0), 'passes = 0'),
         'batch': (argv(photos, ok, weights, '--batch-size', 0), 'batch_size = 0'),
         'labels': (argv(photos, ok, weights, '--labels', labels), 'l.csv: no line for 6 images'),

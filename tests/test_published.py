@@ -579,3 +579,11 @@ def test_download_without_a_network_says_what_to_do(tmp_path, server):
     with pytest.raises(UserError, match='cannot download .*Fetch it on a machine with a network and put it at'): download('http://127.0.0.1:9/x.pt', tmp_path / 'x.pt', timeout=2)
     with pytest.raises(UserError, match='no address'): download('file:///etc/passwd', tmp_path / 'x.pt')
     assert checked_sha256(download(f'{server[0]}/w.pt', tmp_path / 'w.pt'))
+
+
+@pytest.mark.parametrize('channels, size, words', [(1, 16, 'takes 1 channels; grey pictures and latents'), (4, 16, 'takes 4 channels'), (3, None, 'fill in "sample_size"')])
+def test_networks_of_grey_pictures_or_latents_or_without_a_size_are_refused_in_words(tmp_path, channels, size, words):
+    from diffusers import UNet2DModel
+    UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+                down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=words): load_unet(tmp_path)

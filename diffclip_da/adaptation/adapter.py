@@ -314,6 +314,11 @@ class Adapter:
         "`self`, or `UserError` for a walk, settings or words that cannot work; nothing is computed yet."
         self.walk.check(self.schedule)
         self.compute.check()
+        multiple = getattr(self.unet, 'size_multiple', 1)
+        if self.size < 1 or self.size % multiple:
+            near = max(multiple, round(self.size / multiple) * multiple)
+            raise UserError(f'size = {self.size}: this U-Net takes multiples of {multiple} pixels; give {near}, '
+                            'or leave size out for its own')
         if target is not None:
             how = self._how(target, source, (recipe or self.default_recipe()).check(source, target))
             FinetuneLoss(how['guide'], how['embedder'], source, target, how['recipe'])   # reads the words

@@ -109,6 +109,10 @@ def say_plan(adapter: Adapter, images: ImageSet, bad: dict, words: tuple, recipe
     if bad: print(f'left out: {len(bad)} ({", ".join(list(bad)[:5])}{" ..." if len(bad) > 5 else ""})')
     for role, m in adapter.models.items():
         if m: print(f"  {role}: {m['name']} ({PROVENANCE_IN_WORDS.get(m['provenance'], m['provenance'])})")
+    own = getattr(adapter.unet, 'image_size', adapter.size)
+    if own != adapter.size:
+        print(f'  careful: this U-Net was trained at {own} px, and {adapter.size} px are asked for; '
+              'pictures of another size than its own come out worse')
     if recipe:
         n = min(len(images), recipe.n_images)
         print(f'  1. invert {n} images ({up} network evaluations each) and fine-tune on them: '

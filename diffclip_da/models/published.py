@@ -437,6 +437,11 @@ def load_folder(folder, sha256:str|None=None, # of the weights file, see `checke
              for k, v in content.items() if isinstance(v, torch.Tensor)}
     net = fitted(lambda: (UNet2DModel.from_config(config), state), f'{weights} (with {path})')
     c_in, c_out, v_schedule = net.config.in_channels, net.config.out_channels, trained_for(folder)
+    if net.config.sample_size is None:
+        raise UserError(f'{path} does not tell the size of its pictures: fill in "sample_size", in pixels')
+    if c_in % 3:   # three colours, or three for each pixel of a block
+        raise UserError(f'{path}: the network takes {c_in} channels; grey pictures and latents are of no '
+                        'use here, give a network of RGB pictures')
     if c_in != c_out:
         raise UserError(f'{path}: the network takes {c_in} channels and gives {c_out}, which is no '
                         'noise for its input; give another model')

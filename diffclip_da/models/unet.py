@@ -42,6 +42,11 @@ class EpsUNet(nn.Module):
     def image_size(self): return self.unet.config.sample_size * self.patch
 
     @property
+    def size_multiple(self) -> int: # of pixels: each level but the last halves the picture
+        levels = len(self.unet.config.get('block_out_channels') or self.unet.config.channels)
+        return self.patch * 2**(levels - 1)
+
+    @property
     def bottleneck(self) -> nn.Module: # its output is h, [b, c, h', w']
         "The middle block, to hang a forward hook on; under whichever name the network has it."
         return self.unet.mid_block if hasattr(self.unet, 'mid_block') else self.unet.middle_block
