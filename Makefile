@@ -31,7 +31,7 @@ figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELE
 	@mkdir -p runs/$(PROFILE)
 	@for nb in 20_figure2 21_figure3 22_figure4; do \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$$nb.ipynb runs/$(PROFILE)/$$nb.ipynb -k python3 --log-output --no-progress-bar \
-	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(ARGS) || exit 1; \
+	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(ARGS) || exit 1; \
 	done
 	@ls figures/$(PROFILE)/*.png
 
@@ -39,12 +39,12 @@ results: $(STAMP) $(GUIDE) ## Figures 23-29 and their page (PROFILE=celeba64 CEL
 	@mkdir -p runs/$(PROFILE)
 	@for n in 23 24 25 26 27 28 29; do \
 	  case $$n in \
-	    27) set -- $(if $(JUDGE),-p judge "$(abspath $(JUDGE))");; \
-	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(abspath $(or $(OTHER),runs/guide/clip))";; \
+	    27) set -- $(if $(JUDGE),-p judge "$(JUDGE)");; \
+	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(or $(OTHER),runs/guide/clip)";; \
 	    *) set --;; \
 	  esac; \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
-	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(abspath $(CELEBA))") $(if $(FS2K),-p fs2k "$(abspath $(FS2K))") "$$@" $(ARGS) || exit 1; \
+	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(if $(FS2K),-p fs2k "$(FS2K)") "$$@" $(ARGS) || exit 1; \
 	done
 	$(BIN)/python -m diffclip_da.study.page $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
 

@@ -587,3 +587,24 @@ def test_networks_of_grey_pictures_or_latents_or_without_a_size_are_refused_in_w
     UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
                 down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=words): load_unet(tmp_path)
+
+
+def test_the_averaged_weights_are_taken_wherever_they_stand_and_it_is_said(capsys):
+    raw, ema = ({k: torch.full((1,), v) for k in published.LAYOUTS['ddpm']} for v in (1., 2.))
+    for content in (dict(model_non_ema=raw, model_ema=ema), dict(model=raw, ema={f'ema_model.{k}': v for k, v in ema.items()}),
+                    dict(model=raw, ema=dict(decay=.999, shadow_params=list(ema.values()))), dict(model=raw, ema={f'module.ema_model.{k}': v for k, v in ema.items()})):
+        layout, state = published.pick_state(content, 'm.pt')
+        assert layout == 'ddpm' and state['conv_in.weight'].item() == 2 and set(state) == set(raw)
+        assert 'm.pt holds 2 copies of the weights; taken: ' in (said := capsys.readouterr().out) and 'ema' in said
+    assert published.pick_state(raw, 'm.pt')[1]['conv_in.weight'].item() == 1 and capsys.readouterr().out == ''
+
+
+def test_a_unet_inside_a_pipeline_takes_its_scheduler_from_beside_it(tmp_path):
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+    net = UNet2DModel(sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,
+                      down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2)
+    DDPMPipeline(net, DDPMScheduler(prediction_type='v_prediction')).save_pretrained(tmp_path/'v')
+    assert load_unet(tmp_path/'v').v_schedule is not None and load_unet(tmp_path/'v/unet').v_schedule is not None
+    DDPMPipeline(net, DDPMScheduler(beta_schedule='squaredcos_cap_v2')).save_pretrained(tmp_path/'cosine')
+    for name in ('cosine', 'cosine/unet'):
+        with pytest.raises(UserError, match='squaredcos_cap_v2'): load_unet(tmp_path/name)
