@@ -127,7 +127,7 @@ def averages_in(content, states, name=''): # -> pairs (where, name -> tensor)
 def pick_state(content, path) -> tuple: # (layout, name -> float32 tensor)
     "The weights to draw with: an average where there is one; where there are several copies, it is said which"
     found = [(name, s) for name, s in states_in(content) if layout_of(s)]
-    found += averages_in(content, found)
+    found += list(averages_in(content, tuple(found)))
     if not found:
         seen = next((list(s)[:3] for _, s in states_in(content)), 'no tensors')
         raise UserError(f'{path} is of a layout that is not known here (it begins with {seen}); '
