@@ -75,7 +75,7 @@ def align_faces(images:ImageSet,
     if not 0 < min_probability < 1:
         raise UserError(f'min_probability = {min_probability}: must lie between 0 and 1')
     out, rows, files = Path(out), [], {}
-    key = canonical_hash([[images.image_hash(i) for i in images.ids], images.crop, size, min_probability,
+    key = canonical_hash([[[i, images.image_hash(i)] for i in images.ids], images.crop, size, min_probability,
                           code_hash(*DECIDES)])
     if found := _found(out, key): return _aligned(images, out, *found)
     for k, i in enumerate(progress(images.ids, desc='aligning faces')):

@@ -340,7 +340,7 @@ class Adapter:
         x0, how = self.choose(images, recipe), self._how(target, source, recipe)
         if out is not None:
             rank, _, wait = processes()
-            out = Path(out)/f'{finetune_key(self.unet, x0, **how)}-{recipe.n_passes(len(x0))}'
+            out = Path(out)/self._fit_name(x0, how)
             if rank: wait()   # one process tunes, the others read what it has written
             self.tuned, self.history = finetune(self.unet, x0, **how, out=out)
             if not rank: wait()
@@ -358,9 +358,11 @@ class Adapter:
                 recipe: Recipe | None = None) -> str:
         "What names the result of `fit`: everything that the tuned weights depend on, hashed."
         recipe = recipe or self.default_recipe()
-        x0 = self.choose(images, recipe)
-        key = finetune_key(self.unet, x0, **self._how(target, source, recipe))
-        return f'{key}-{recipe.n_passes(len(x0))}'
+        return self._fit_name(self.choose(images, recipe), self._how(target, source, recipe))
+
+    def _fit_name(self, x0, how: dict) -> str: # the images tuned on; from `_how`
+        "One name for `fit` and `fit_key`."
+        return f"{finetune_key(self.unet, x0, **how)}-{how['recipe'].n_passes(len(x0))}"
 
     def transform_key(self, images: ImageSet) -> str:
         "What names the result of `transform`."
