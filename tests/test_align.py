@@ -88,6 +88,13 @@ def test_a_finished_alignment_is_found_again_and_a_damaged_or_other_one_is_not(p
     align_faces(images.subset(images.ids[:1]), out, 32)
     assert len(calls) == 2 * len(images) + 1
 
+def test_a_renamed_photo_is_aligned_under_its_new_name(photos, tmp_path):
+    align_faces(image_folder(photos, crop=None), tmp_path/'aligned', 32)
+    (photos/'face0.png').rename(photos/'anna.png')
+    try: aligned, _ = align_faces(image_folder(photos, crop=None), tmp_path/'aligned', 32)
+    finally: (photos/'anna.png').rename(photos/'face0.png')
+    assert sorted(aligned.ids) == ['anna.png', 'face1.png'] and aligned.tensor(size=32).shape == (2, 3, 32, 32)
+
 def test_no_face_at_all_is_a_user_error(tmp_path):
     (tmp_path/'photos').mkdir(); Image.new('RGB', (100, 100)).save(tmp_path/'photos/a.png')
     with pytest.raises(UserError, match='no face was found in any of the 1 photos'): align_faces(image_folder(tmp_path/'photos', crop=None), tmp_path/'out', 32)
