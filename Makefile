@@ -13,6 +13,8 @@ BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
 # papermill -p takes KEY VALUE: e.g. make figures ARGS="-p n_inv 40"
 ARGS    ?=
+# for the time left: the records of the figures that are still to come; the loops below add their numbers
+WHOLE   := DIFFCLIP_WHOLE="$$(printf '$(CURDIR)/figures/$(PROFILE)/figure%s.json:'
 
 .PHONY: help install figures results guide test check lab assets verify wheel bench tidy clean
 
@@ -29,7 +31,7 @@ install: $(STAMP) ## create .venv and install the tested versions
 
 figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELEBA=folder for real photos)
 	@mkdir -p runs/$(PROFILE)
-	@for nb in 20_figure2 21_figure3 22_figure4; do \
+	@for n in 2 3 4; do nb=2$$((n - 2))_figure$$n; $(WHOLE) $$(seq $$n 4))" \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$$nb.ipynb runs/$(PROFILE)/$$nb.ipynb -k python3 --log-output --no-progress-bar \
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(ARGS) || exit 1; \
 	done
@@ -42,11 +44,25 @@ results: $(STAMP) $(GUIDE) ## Figures 23-29 and their page (PROFILE=celeba64 CEL
 	    27) set -- $(if $(JUDGE),-p judge "$(JUDGE)");; \
 	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(or $(OTHER),runs/guide/clip)";; \
 	    *) set --;; \
-	  esac; \
+	  esac; $(WHOLE) $$(seq $$n 29))" \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(if $(FS2K),-p fs2k "$(FS2K)") "$$@" $(ARGS) || exit 1; \
 	done
 	$(BIN)/python -m diffclip_da.study.page $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
+
+.PHONY: related
+related: $(STAMP) ## Figures 30-34, the other systems of the paper (PROFILE, CELEBA, FS2K, JUDGE as above; runs/gan holds the GAN); killed, the same command goes on
+	@mkdir -p runs/$(PROFILE)
+	@for nb in 30_classifier_guidance 31_hspace 32_mixing 33_gan 34_shift; do \
+	  case $$nb in \
+	    31_hspace) set -- $(if $(FS2K),-p fs2k "$(FS2K)");; \
+	    33_gan) set -- $(if $(CELEBA),$(if $(wildcard runs/gan/checkpoint.pt),-p gan runs/gan));; \
+	    *) set --;; \
+	  esac; \
+	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$$nb.ipynb runs/$(PROFILE)/$$nb.ipynb -k python3 --log-output --no-progress-bar \
+	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(if $(JUDGE),-p judge "$(JUDGE)") "$$@" $(ARGS) || exit 1; \
+	done
+	@ls figures/$(PROFILE)/figure3[0-4].png
 
 guide: $(STAMP) ## a second guide that never saw a hand-drawn sketch, for Figure 29: CELEBA=folder FS2K=folder, into runs/guide
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" || { echo "give CELEBA=folder FS2K=folder (FS2K only measures the result)"; exit 2; }

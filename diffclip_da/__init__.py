@@ -11,10 +11,27 @@
     more = image_folder("more/")                                    # later, without fine-tuning
     Adapter.load("my-adapter/").transform(more, out="more-sketches/")
 """
+import os
+import signal
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
+
+
+def _stop_at_once(number, frame):
+    "Ctrl-C or SIGTERM while a command still imports its libraries: nothing was begun, so nothing is lost"
+    os.write(2, b'interrupted; the same command resumes\n')
+    os._exit(128 + number)
+
+
+# Only where this package is the program. `core.friendly_exit` takes over once the imports are done.
+if os.path.basename(sys.argv[0] if sys.argv else '').startswith('diffclip-') or sys.argv[:1] == ['-m']:
+    try:
+        for _number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(_number) != signal.SIG_IGN: signal.signal(_number, _stop_at_once)  # nohup ignores
+    except ValueError: pass  # not the main thread
 
 # Where each public name stands. A name is loaded when it is first asked for, so that `import diffclip_da` stays fast.
 HOMES = {

@@ -18,7 +18,8 @@ from PIL import Image
 
 from .core import UserError, progress
 from .store import atomic_write, canonical_hash, code_hash, read_json, sha256_file, write_json
-from .data import ImageSet, Store
+from .data import ImageSet, csv_text
+from .pictures import Store
 
 # %% ../nbs/06b_align.ipynb #e22875a7
 # left eye, right eye (as seen), nose, corners of the mouth: (x, y) as parts of the sides
@@ -75,8 +76,8 @@ def align_faces(images:ImageSet,
     if not 0 < min_probability < 1:
         raise UserError(f'min_probability = {min_probability}: must lie between 0 and 1')
     out, rows, files = Path(out), [], {}
-    key = canonical_hash([[[i, images.image_hash(i)] for i in images.ids], images.crop, size, min_probability,
-                          code_hash(*DECIDES)])
+    photos = [[i, images.image_hash(i)] for i in images.ids]
+    key = canonical_hash([photos, images.crop, size, min_probability, code_hash(*DECIDES)])
     if found := _found(out, key): return _aligned(images, out, *found)
     for k, i in enumerate(progress(images.ids, desc='aligning faces')):
         im = images.pil(i)
@@ -94,9 +95,10 @@ def align_faces(images:ImageSet,
         raise UserError(f'{images.name}: no face was found in any of the {len(images)} photos; '
                         'align works for faces only: leave it out for other subjects')
     with atomic_write(out/'alignment.csv', 'w') as f:
-        table.to_csv(f, index=False, lineterminator='\n')
-    pictures = {f: sha256_file(out/f) for f in files.values()}
-    write_json(out/'alignment.json', dict(key=key, files=files, sha256=pictures, table=table.to_dict('list')))
+        f.write(csv_text(table))
+    pictures = {i: sha256_file(out/f) for i, f in files.items()}
+    write_json(out/'alignment.json', dict(key=key, files=files, sha256=pictures,
+                                          table=table.to_dict('list')))
     return _aligned(images, out, files, table)
 
 SMALLEST = 20              # pixels of a photo's shorter side
@@ -104,10 +106,13 @@ DECIDES = find_face, warp  # the code that an alignment depends on
 
 def _found(out: Path, key: str) -> tuple | None: # -> (files, table)
     "A finished alignment of the same photos, if every picture is as it was written."
-    with suppress(UserError):
+    # whatever a damaged record holds, the alignment is made anew
+    with suppress(UserError, LookupError, TypeError, ValueError, AttributeError):
         said = read_json(out/'alignment.json')
-        whole = said.get('key') == key and all(sha256_file(out/f) == h for f, h in said['sha256'].items())
-        return (said['files'], pd.DataFrame(said['table'])) if whole else None
+        if said['key'] != key or said['files'].keys() != said['sha256'].keys(): return None
+        files, table = said['files'], pd.DataFrame(said['table'])
+        whole = all(sha256_file(out/f) == said['sha256'][i] for i, f in files.items())
+        return (files, table) if whole and list(table.id[table.found]) == list(files) else None
 
 def _aligned(images: ImageSet, out: Path, files: dict, table: pd.DataFrame) -> tuple:
     "The aligned set, and the table."

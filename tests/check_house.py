@@ -17,7 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = 'diffclip_da'
 # The rooms from the ground floor up. Modules that share an entry of the ground floor do not import each other.
-ORDER = ('core', 'store settings', 'data', 'align styles', 'diffusion', 'models', 'adaptation', 'study', 'related', 'workshop')
+ORDER = ('core', 'store settings', 'pictures', 'data', 'align styles', 'diffusion', 'models', 'adaptation', 'study', 'related', 'workshop')
 ALIASES = {'adapt', 'train', 'unet', 'published'}  # names of the first edition, for its users
 RESERVED = dict(hashlib=('core', 'store'), argparse=())
 LONGEST = 120

@@ -19,6 +19,7 @@ from diffclip_da.models.load import load_guide
 from diffclip_da.models.unet import save_unet, tiny_unet
 from diffclip_da.store import sha256_file
 from test_finetune import Face, Net, clip_folder
+from test_store import Held
 
 schedule = linear_schedule()
 walk, cfg = Walk(t0=300, n_inv=3, n_gen=2, inversion='ddim'), Compute(batch_size=2, shard_size=3)
@@ -323,17 +324,131 @@ def test_file_names():
         with pytest.raises(UserError, match='cannot be a file name'): file_names([bad])
 
 def test_half_written_files_go_and_those_of_a_living_process_stay(tmp_path, images, unet):
-    other = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)
+    args = images, unet, unet, cfg, schedule, tmp_path/'out', tmp_path/'latents'
+    adapt(*args)
+    latents = next(p for p in (tmp_path/'latents').rglob('*') if p.is_file()).parent
+    folders = tmp_path/'out/images', latents, tmp_path/'out'
+    others = [Held(folder/'x.png') for folder in folders]   # processes that write there at this moment
     try:
-        args = images, unet, unet, cfg, schedule, tmp_path/'out', tmp_path/'latents'
+        foreign = [folder/'x.png.mine.tmp' for folder in folders]
+        left = [folder/f'x.png.{n}.tmp' for folder in folders for n in (99999999, os.getpid(), f'{others[0].pid}-0123abcd')]
+        for p in (*foreign, *left): p.write_bytes(b'half wri')
         adapt(*args)
-        latents = next(p for p in (tmp_path/'latents').rglob('*') if p.is_file()).parent
-        living = [folder/f'x.png.{pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out') for pid in (other.pid, 'mine')]
-        left = [folder/f'x.png.{pid}.tmp' for folder in (tmp_path/'out/images', latents, tmp_path/'out') for pid in (99999999, os.getpid())]
-        for p in (*living, *left): p.write_bytes(b'half wri')
-        adapt(*args)
-        assert all(p.exists() for p in living) and not any(p.exists() for p in left)
-    finally: other.communicate(b'\n')
+        assert all(p.exists() for p in (*foreign, *(o.file for o in others))) and not any(p.exists() for p in left)
+    finally:
+        for o in others: o.end()
+
+
+# --- what somebody else did to the files ---
+
+def said(capsys): return capsys.readouterr().out
+
+def retouch(path):
+    im = Image.open(path).convert('RGB'); im.putpixel((3, 3), (255, 0, 0)); im.save(path)
+
+def test_a_retouched_picture_stays_and_is_named_and_force_makes_it_anew(tmp_path, capsys, images, unet, tuned, reference):
+    out = tmp_path/'out'
+    shutil.copytree(reference, out)
+    mine = out/'images/a/1.png'
+    retouch(mine)
+    bytes_ = mine.read_bytes()
+    for again in range(2):
+        got = adapt(images, unet, tuned, cfg, schedule, out)
+        text = said(capsys)
+        assert mine.read_bytes() == bytes_ and '1 pictures were changed' in text and 'images/a/1.png' in text and '--force' in text and 'anew' in text
+        table = pd.read_csv(out/'manifest.csv').set_index('file')
+        assert table.adapted_sha256['images/a/1.png'] == sha256_file(mine)   # the manifest names what is there
+    assert got.pil('a/1.jpg').getpixel((3, 3)) == (255, 0, 0)
+    (out/'images/a/0.png').unlink()   # its shard is made again, around the retouched one
+    adapt(images, unet, tuned, cfg, schedule, out)
+    assert mine.read_bytes() == bytes_ and sha256_file(out/'images/a/0.png') == sha256_file(reference/'images/a/0.png')
+    (out/'shards/00000.json').unlink()
+    adapt(images, unet, tuned, cfg, schedule, out)
+    assert mine.read_bytes() == bytes_
+    adapt(images, unet, tuned, cfg, schedule, out, force=True)
+    assert tree(out) == tree(reference)
+
+def test_one_flipped_bit_in_any_file_of_a_run_is_repaired_or_named(tmp_path, capsys, images, unet, tuned):
+    "Finished, without its manifest, and in the middle: every kind of file, bits all over it."
+    from test_store import flips
+    some = images.subset(images.ids[:4])
+    def run(out): return adapt(some, unet, tuned, cfg, schedule, out)
+    run(tmp_path/'whole')
+    want = tree(tmp_path/'whole')
+    kinds = ['config.json', 'manifest.csv', 'shards/00000.json', 'images/a/1.png', next(f for f in want if f.endswith('00000.safetensors'))]
+    states = dict(finished=[], killed=['manifest.csv', 'shards/00001.json', 'images/b/3.png'])
+    named = {}
+    for state, lacks in states.items():
+        for kind in kinds:
+            if kind in lacks: continue
+            out = tmp_path/f'{state}-{kind}'.replace('/', '_')
+            for bit, b in flips(tmp_path/'whole'/kind, 14):
+                shutil.copytree(tmp_path/'whole', out)
+                for f in lacks: (out/f).unlink()
+                if kind.endswith('safetensors'): (out/'shards/00000.json').unlink()   # else nobody reads it
+                (out/kind).write_bytes(b)
+                said(capsys)
+                run(out)
+                text, now = said(capsys), tree(out)
+                bad = [f for f in want if now.get(f) != want[f]]
+                if bad:   # only a picture that still decodes may stay, and then it is named
+                    assert set(bad) <= {kind, 'manifest.csv'} and kind.endswith('.png') and kind in text, (state, kind, bit, bad)
+                named.setdefault(kind, []).append(Path(kind).name in text)
+                assert set(now) == set(want), (state, kind, bit)
+                shutil.rmtree(out)
+    for kind in kinds[2:]: assert sum(named[kind]) > .5 * len(named[kind]), (kind, named)
+
+def test_a_damaged_or_missing_claim_does_not_lock_the_owner_out(tmp_path, images, unet, tuned, reference):
+    out = tmp_path/'out'
+    shutil.copytree(reference, out)
+    for damage in ('', '{', '[]', None):
+        if damage is None: (out/'config.json').unlink()
+        else: (out/'config.json').write_text(damage)
+        adapt(images, unet, tuned, cfg, schedule, out)
+        assert tree(out) == tree(reference)
+    for damage in ('{', None):   # but it lets nobody else in
+        if damage is None: (out/'config.json').unlink()
+        else: (out/'config.json').write_text(damage)
+        with pytest.raises(UserError, match='not the result of this run'): adapt(images, unet, unet, cfg, schedule, out)
+
+def test_a_photo_replaced_while_the_run_goes_on_is_named(tmp_path, monkeypatch, unet, tuned):
+    photos = make_photos(tmp_path/'photos')
+    images, real = image_folder(photos), Walk.generate
+    def replace_one(*a, **k):
+        Image.new('RGB', (20, 20), 'red').save(photos/'b/6.png')
+        return real(*a, **k)
+    monkeypatch.setattr(Walk, 'generate', replace_one)
+    with pytest.raises(UserError, match=r'b/6\.png was replaced while the run goes on; put the old picture back'):
+        adapt(images, unet, tuned, replace(cfg, shard_size=1), schedule, tmp_path/'out')
+    assert not (tmp_path/'out/images/b/6.png').exists() and (tmp_path/'out/images/a/0.png').exists()
+
+def test_nothing_is_claimed_before_something_was_made(tmp_path, monkeypatch, images, unet, tuned, reference):
+    def broken(*a, **k): raise RuntimeError('shapes do not match')
+    with monkeypatch.context() as m:
+        m.setattr(Walk, 'invert', broken)
+        with pytest.raises(RuntimeError, match='shapes'): adapt(images, unet, unet, cfg, schedule, tmp_path/'out')
+    assert not (tmp_path/'out').exists()
+    adapt(images, unet, tuned, cfg, schedule, tmp_path/'out')   # another run than the one that failed
+    assert tree(tmp_path/'out') == tree(reference)
+
+def test_a_damaged_manifest_is_named_when_it_is_read(tmp_path, images, reference):
+    out = tmp_path/'out'
+    shutil.copytree(reference, out)
+    for damage in ('id,file', 'x\n', '"', ''):
+        (out/'manifest.csv').write_text(damage)
+        with pytest.raises(UserError, match='manifest.csv is damaged.*start the same command again'): load_adapted(out, images)
+
+def test_a_saved_adapter_with_a_flipped_bit_is_named(tmp_path, networks, images):
+    from test_store import flips
+    folder = fitted(networks, images).save(tmp_path/'mine')
+    before = A.fingerprint(Adapter.load(folder, device='cpu').tuned)
+    for p in sorted(q for q in folder.rglob('*') if q.is_file()):
+        whole = p.read_bytes()
+        for bit, b in flips(p, 6):
+            p.write_bytes(b)
+            try: assert A.fingerprint(Adapter.load(folder, device='cpu').tuned) == before, (p, bit)
+            except UserError as e: assert p.name in str(e)
+        p.write_bytes(whole)
 
 
 class Shifted(torch.nn.Module):

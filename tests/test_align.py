@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import picture
 from PIL import Image
 
 from diffclip_da.adaptation.folder import main
@@ -111,3 +112,20 @@ def test_command_line_reports_who_was_left_out(photos, tmp_path, capsys):
     report = json.loads((tmp_path/'out/report.json').read_text())
     assert report['skipped'] == {'sky.png': 'no face was found'} and report['n_images'] == 2
     assert not (tmp_path/'out/images/sky.png').exists() and (tmp_path/'out/images/face0.png').exists()
+
+
+@pytest.mark.parametrize('damage', [lambda t: t[:-40], lambda t: '[]', lambda t: '{}', lambda t: t.replace('"key"', '"kex"'), lambda t: t.replace('"table"', '"tabel"'), lambda t: t.replace('000000.png', '000001.png'),
+                                    lambda t: t.replace('"found"', '"fond"'), lambda t: t.replace('"sha256": {', '"sha256": 7, "x": {')])
+def test_a_damaged_record_of_an_alignment_costs_work_and_nothing_else(tmp_path, monkeypatch, damage):
+    "A found face is stood in for: only the record is on trial."
+    (tmp_path/'photos').mkdir()
+    for k in range(2): picture(k, (60, 60)).save(tmp_path/'photos'/f'{k}.png')
+    calls, points = [], align.TEMPLATE * 40 + 10
+    monkeypatch.setattr(align, 'find_face', lambda *a: calls.append(1) or dict(landmarks=points, probability=1., n_faces=1))
+    run = lambda: align.align_faces(image_folder(tmp_path/'photos', crop=None), tmp_path/'out', 32)
+    first, table = run()
+    assert len(calls) == 2 and run()[1].equals(table) and len(calls) == 2
+    path = tmp_path/'out/alignment.json'
+    path.write_text(damage(path.read_text()))
+    again, same = run()
+    assert len(calls) == 4 and same.equals(table) and again.manifest().equals(first.manifest())

@@ -1,4 +1,6 @@
+import io
 import json
+import math
 import os
 import random
 import subprocess
@@ -15,8 +17,9 @@ from PIL import Image
 from test_store import Config, listing
 
 from diffclip_da import core
-from diffclip_da.core import (COLOURS, UserError, command, default_device, fold_seed, friendly_exit, from_pil,
-                              from_uint8, image_grid, new_generator, progress, set_seed, show_images, to_pil, to_uint8)
+from diffclip_da.core import (COLOURS, LineBar, Plan, UserError, command, default_device, fold_seed, friendly_exit, from_pil,
+                              from_uint8, image_grid, new_generator, progress, set_seed, show_images, shows_lines,
+                              side_by_side, to_pil, to_uint8, whole_plan)
 from diffclip_da.store import git_commit, read_json, versions
 from diffclip_da.study.figures import make_record, save_figure, validate_record
 
@@ -175,6 +178,44 @@ def test_progress(monkeypatch, capsys):
     with progress(total=2) as bar: assert not bar.disable
 
 
+def test_progress_in_a_log_is_whole_lines_with_the_time_left(monkeypatch):
+    monkeypatch.setenv('DIFFCLIP_PROGRESS', 'lines'); monkeypatch.delenv('DIFFCLIP_QUIET', raising=False)
+    assert isinstance(progress(range(2)), LineBar) and shows_lines()
+    log = io.StringIO()
+    bar = LineBar(range(4), desc='drawing: ', file=log, mininterval=0, miniters=1)
+    assert list(bar) == [0, 1, 2, 3]
+    bar.display()                                       # nothing new since the last line
+    lines = log.getvalue().splitlines()
+    assert [l.split(',')[0] for l in lines] == ['drawing:  25% 1/4', 'drawing:  50% 2/4', 'drawing:  75% 3/4', 'drawing: 100% 4/4']
+    assert all('left' in l and '\r' not in l for l in lines)
+    monkeypatch.setenv('DIFFCLIP_PROGRESS', 'bar')
+    assert not isinstance(progress(range(2)), LineBar)
+
+
+def test_the_time_left_of_a_whole_command(monkeypatch, tmp_path):
+    plan = Plan(dict(tune=60., draw=40.))
+    assert plan.left(0.) == 100.                        # nothing known of this machine: as recorded
+    plan.begin('tune'); plan.tic -= 30                  # a quarter took 30 s instead of 15
+    assert plan.left(.25) == pytest.approx(2 * 85, rel=.01)
+    plan.end('tune'); plan.took = 120.
+    assert plan.left(0.) == pytest.approx(80)           # drawing, on a machine half as fast
+    plan.begin('draw'); plan.end('draw', found=True)
+    assert plan.left(0.) is None
+    record = tmp_path/'figure2.json'; record.write_text('{"seconds": {"finetune": 10, "odd": "x"}}')
+    monkeypatch.setenv('DIFFCLIP_WHOLE', os.pathsep.join([str(record), str(tmp_path/'missing.json')]))
+    whole_plan.cache_clear()
+    assert whole_plan().steps == dict(finetune=10)
+    monkeypatch.delenv('DIFFCLIP_WHOLE'); whole_plan.cache_clear()
+    assert whole_plan().left(.5) is None
+
+
+def test_side_by_side_keeps_the_order_and_passes_errors_on():
+    assert list(side_by_side(math.sqrt, [9, 0, 4], workers=1)) == [3, 0, 2]
+    assert list(side_by_side(math.sqrt, [9, 0, 4], workers=2)) == [3, 0, 2]
+    with pytest.raises(ValueError, match='math domain'): list(side_by_side(math.sqrt, [1, -1], workers=2))
+    assert list(side_by_side(math.sqrt, [])) == []
+
+
 # ---- records and figures ----------------------------------------------------------------------------------------------------
 
 def a_record(**kw):
@@ -250,3 +291,13 @@ def test_save_figure_checks_the_record_first(tmp_path):
     del r['weights']
     with pytest.raises(UserError, match='weights is missing'): save_figure(draw(0), r, root=tmp_path)
     assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize('encoding', ['cp1252', 'ascii', 'utf-8'])
+def test_names_in_any_script_are_told_on_any_console(encoding):
+    "A console of Windows knows 256 characters; one more in a file's name must not end the command."
+    code = "from diffclip_da.core import UserError, friendly_exit\n@friendly_exit\ndef main():\n    print('reading \u0444\u043e\u0442\u043e.jpg')\n    raise UserError('\u732b.png: damaged')\nmain()"
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, env={**os.environ, 'PYTHONIOENCODING': encoding, 'PYTHONUTF8': '0'})
+    assert done.returncode == 2 and b'Traceback' not in done.stderr
+    out, err = done.stdout.decode(encoding), done.stderr.decode(encoding)
+    assert ('\u0444\u043e\u0442\u043e.jpg' if encoding == 'utf-8' else '\\u0444\\u043e\\u0442\\u043e.jpg') in out and ('\u732b' if encoding == 'utf-8' else '\\u732b') in err

@@ -1,8 +1,9 @@
+import csv
 import io
 import json
 import pickle
 import random
-import struct
+import re
 import zipfile
 from multiprocessing import get_context
 
@@ -16,91 +17,11 @@ from PIL import Image
 from diffclip_da import data
 from diffclip_da.core import UserError, from_pil
 from diffclip_da.store import sha256_bytes, write_json
-from diffclip_da.data import (ATTRIBUTE_WORDS, CELEBA_CROP, DATASETS, ImageSet, Store, attribute_captions, celeba, check_splits,
-                              crop_image, dataset, decode, describe, find_celeba, find_fs2k, fs2k, image_folder, labelled_split,
-                              load_dataset, shipped_faces, to_rgb, toy_faces)
-
-
-# ---- decoding ---------------------------------------------------------------------------------------------------------------
-
-@pytest.mark.parametrize('mode, colour, want', [
-    ('RGB', (10, 20, 30), (10, 20, 30)),
-    ('L', 77, (77, 77, 77)),
-    ('1', 1, (255, 255, 255)),
-    ('RGBA', (255, 0, 0, 0), (255, 255, 255)),
-    ('RGBA', (255, 0, 0, 128), (255, 127, 127)),
-    ('LA', (0, 51), (204, 204, 204)),
-    ('CMYK', (0, 255, 255, 0), (255, 0, 0)),
-    ('CMYK', (0, 0, 0, 255), (0, 0, 0)),
-])
-def test_modes(mode, colour, want):
-    im = to_rgb(Image.new(mode, (2, 2), colour))
-    assert im.mode == 'RGB' and im.getpixel((0, 0)) == want
-
-
-@pytest.mark.parametrize('value, want', [(0, 0), (257, 1), (32896, 128), (65535, 255)])
-def test_16_bit_grey_png(value, want):
-    im = decode(encoded(Image.fromarray(np.full((3, 3), value, np.uint16)), 'PNG'), 'deep.png')
-    assert im.mode == 'RGB' and im.getpixel((1, 1)) == (want,) * 3
-
-
-def test_palette_with_and_without_transparency():
-    im = Image.new('P', (2, 1))
-    im.putpalette([255, 0, 0, 0, 0, 255] + [0] * 762)
-    im.putpixel((1, 0), 1)
-    rgb = decode(encoded(im, 'PNG'), 'p.png')
-    assert [rgb.getpixel((k, 0)) for k in (0, 1)] == [(255, 0, 0), (0, 0, 255)]
-    clear = decode(encoded(im, 'PNG', transparency=1), 'p.png')
-    assert [clear.getpixel((k, 0)) for k in (0, 1)] == [(255, 0, 0), (255, 255, 255)]
-
-
-def test_odd_metadata_never_stops_a_picture():
-    "A resolution written as text, as one camera does: turning the picture rewrites its tags and fails."
-    entries = struct.pack('<HHIHxx', 274, 3, 1, 6) + struct.pack('<HHII', 282, 2, 12, 38)
-    exif = b'Exif\0\0II*\0' + struct.pack('<IH', 8, 2) + entries + struct.pack('<I', 0) + b'seventy-two\0'
-    assert decode(encoded(picture(1), exif=exif), 'phone.jpg').size == (64, 64)
-
-
-def test_whatever_a_decoder_raises_is_a_user_error(monkeypatch):
-    def broken(*a): raise ZeroDivisionError('in a codec')
-    monkeypatch.setattr(Image, 'open', broken)
-    with pytest.raises(UserError, match='odd.tif: the image is damaged'): decode(b'II*', 'odd.tif')
-
-
-def test_exif_orientation_is_applied():
-    im = Image.new('RGB', (40, 20), 'black')
-    im.paste('white', (0, 0, 20, 20))
-    exif = Image.Exif()
-    exif[274] = 6   # to be turned by 90 degrees clockwise: what is at the left comes to the top
-    up = decode(encoded(im, exif=exif), 'phone.jpg')
-    assert up.size == (20, 40) and up.getpixel((10, 5))[0] > 200 and up.getpixel((10, 35))[0] < 50
-
-
-@pytest.mark.parametrize('fmt', ['JPEG', 'PNG', 'WEBP', 'BMP'])
-def test_truncated_image_names_the_file(fmt):
-    b = encoded(Image.effect_noise((64, 64), 60).convert('RGB'), fmt)
-    with pytest.raises(UserError, match=r'photos/face\.x: the image is (truncated|damaged).*fetch it again or delete it'): decode(b[:len(b) // 2], 'photos/face.x')
-
-
-def test_other_bytes_are_no_image():
-    with pytest.raises(UserError, match=r'a\.jpg: the image is damaged, or not an image'): decode(b'<html>not found</html>', 'a.jpg')
-    with pytest.raises(UserError, match=r'a\.jpg: the file is empty'): decode(b'', 'a.jpg')
-
-
-def test_decompression_bomb_is_refused(monkeypatch):
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
-    with pytest.raises(UserError, match=r'huge\.png: the image is damaged, or not an image .*decompression bomb'): decode(encoded(picture(0), 'PNG'), 'huge.png')
-
-
-def test_crops():
-    im = picture(0, (178, 218))
-    assert np.array_equal(np.asarray(crop_image(im, CELEBA_CROP)), np.asarray(im)[40:188, 15:163])
-    assert np.array_equal(np.asarray(crop_image(im, 'center')), np.asarray(im)[20:198])
-    assert crop_image(im, None).size == (178, 218)
-    for size in [(250, 250), (180, 256), (256, 183), (1000, 1000), (90, 128)]:
-        w, h = crop_image(Image.new('RGB', size), 'fs2k').size
-        assert w == h > .75 * min(size)
-    with pytest.raises(UserError, match=r"small\.jpg: crop \(15, 40, 163, 188\) does not fit a picture of 64 x 64 pixels; give another crop"): crop_image(picture(0), CELEBA_CROP, 'small.jpg')
+from diffclip_da.data import (ATTRIBUTE_WORDS, DATASETS, ImageSet, attribute_captions, celeba, check_splits, csv_text, dataset,
+                              describe, find_celeba, find_fs2k, fs2k, image_folder, label_indices, labelled_split, load_dataset,
+                              read_labels_csv,
+                              shipped_faces, toy_faces)
+from diffclip_da.pictures import CELEBA_CROP, Store, crop_image
 
 
 # ---- folders ----------------------------------------------------------------------------------------------------------------
@@ -196,6 +117,30 @@ def test_folder_as_zip_equals_folder(photos, tmp_path):
         z.writestr('__MACOSX/._0.png', b'x')
     a, b = image_folder(photos), image_folder(tmp_path/'p.zip')
     assert a.ids == b.ids and torch.equal(a.tensor(size=8), b.tensor(size=8)) and a.manifest().equals(b.manifest())
+
+
+def test_labels_of_one_value_keep_one_order():
+    "1, 01 and 001 are equal as numbers: their order must not follow that of a set, which differs from run to run."
+    names = ['1', '01', '001', '2', '02', '-1', '00']
+    for k in range(len(names)):
+        label = pd.Series({f'{i}.png': n for i, n in enumerate(names[k:] + names[:k])})
+        assert label_indices(label, 'l.csv')[1] == ['-1', '00', '001', '01', '1', '02', '2']
+    assert label_indices(pd.Series(dict(a='9' * 5000, b='1')), 'l.csv')[1] == ['1', '9' * 5000]
+
+
+FORMULAS = ['=1+1', '@SUM(A1)', "+cmd|' /C calc'!A0", '-2+3', "'=already", "''-", '=HYPERLINK("http://x.y","a, b")']
+
+
+def test_formulas_are_written_as_text_and_read_back(tmp_path):
+    plain = ['cat', '-1', '+3.5', '-1e-3', '-.5', "it's", "'tis", '']
+    table = pd.DataFrame(dict(id=[f'{v}.png' for v in FORMULAS] + [f'{k}.png' for k in range(len(plain) - 1)], label=FORMULAS + plain[:-1], n=3))
+    text = csv_text(table)
+    (tmp_path/'l.csv').write_text(text)
+    again = read_labels_csv(tmp_path/'l.csv')
+    assert again.index.tolist() == table.id.tolist() and again.label.tolist() == table.label.tolist()
+    cells = list(csv.reader(io.StringIO(text)))[1:]
+    assert not any(c[0] in '=@' or c[0] in '+-' and not re.fullmatch(r'[+-][\d.e-]+', c) for r in cells for c in r)
+    assert [r[1] for r in cells[len(FORMULAS):]] == plain[:-1]                # what is harmless stays as it is
 
 
 # ---- classes and captions ---------------------------------------------------------------------------------------------------
@@ -308,6 +253,26 @@ def test_cache(photos, tmp_path, monkeypatch):
     file.write_bytes(file.read_bytes()[:100])                               # a broken cache file is made anew
     (photos/'0.png').write_bytes(encoded(picture(0), 'PNG'))
     assert torch.equal(x, image_folder(photos).tensor(size=8, cache_dir=cache))
+
+
+def test_a_cache_with_a_flipped_bit_is_made_anew_and_named(photos, tmp_path, capsys):
+    x = image_folder(photos).tensor(size=8, cache_dir=tmp_path/'cache')
+    file, = (tmp_path/'cache').iterdir()
+    raw = bytearray(file.read_bytes()); raw[-5] ^= 4; file.write_bytes(raw)
+    assert torch.equal(image_folder(photos).tensor(size=8, cache_dir=tmp_path/'cache'), x)
+    assert f'{file} is damaged' in capsys.readouterr().out
+
+
+def test_a_packed_set_is_the_set(photos, tmp_path, monkeypatch):
+    s = image_folder(photos)
+    packed = s.packed(8, tmp_path/'c')
+    assert packed.shape == (6, 3, 8, 8) and torch.equal(packed[:], s.pixels(size=8)) and torch.equal(packed[[4, 1]], s.pixels(['more/4.png', '1.png'], 8))
+    with monkeypatch.context() as m:
+        m.setattr(ImageSet, 'pil', lambda *a: 1 / 0)                       # nothing is decoded any more
+        assert torch.equal(image_folder(photos).packed(8, tmp_path/'c')[:], packed[:])
+    (photos/'0.png').write_bytes(encoded(picture(77), 'PNG'))
+    other = image_folder(photos).packed(8, tmp_path/'c')
+    assert other.path != packed.path and not torch.equal(other[0], packed[0]) and torch.equal(other[1:], packed[1:])
 
 
 def child(s): return s.tensor(s.ids[:2], 8)
@@ -495,6 +460,43 @@ def test_fs2k_answers_for_gender_and_smiles_only(tmp_path):
 def celeba_classes(attribute): return [f'not {attribute}', attribute]
 
 
+def publish_fs2k(root, gender=lambda k: k % 2, endings=('.jpg', '.png', '.JPG')):
+    "FS2K as its authors serve it: two lists, names without endings, 0 for a man."
+    for kind, style in ((k, s) for k in ('photo', 'sketch') for s in (1, 2, 3)): (root/kind/f'{kind}{style}').mkdir(parents=True)
+    for split, ks in dict(train=range(6), test=range(6, 10)).items():
+        rows = [dict(image_name=f'photo{k % 3 + 1}/image{k:04d}', skin_patch=[1, 1], hair=0, gender=gender(k), earring=1, smile=k // 2 % 2, frontal_face=0, style=0) for k in ks]
+        (root/f'anno_{split}.json').write_text(json.dumps(rows))
+        for k in ks:
+            for kind, name, fmt in (('photo', 'image', 'JPEG'), ('sketch', 'sketch', 'PNG')):
+                (root/kind/f'{kind}{k % 3 + 1}'/f'{name}{k:04d}{endings[k % len(endings)]}').write_bytes(encoded(picture(k + 50 * (kind == 'sketch'), (250, 250)), fmt))
+    return root
+
+
+@pytest.mark.parametrize('below', ['', 'FS2K'])
+def test_fs2k_as_its_authors_serve_it(tmp_path, below):
+    publish_fs2k(tmp_path/below)
+    photo, sketch = fs2k(tmp_path, kind='photo', labelled=True), fs2k(tmp_path, 'test')
+    assert photo.ids == ['1/0000', '1/0003', '2/0001', '2/0004', '3/0002', '3/0005'] and photo.files['2/0001'] == 'photo/photo2/image0001.png'
+    assert photo.classes == ['female', 'male'] and photo.labels == {i: 1 - int(i[-1]) % 2 for i in photo.ids}     # 0 is a man
+    assert fs2k(tmp_path, labelled=True, attribute='Smiling').labels == {i: 1 - int(i[-1]) // 2 % 2 for i in photo.ids}
+    assert sketch.ids == ['1/0006', '1/0009', '2/0007', '3/0008'] and sketch.files['3/0008'] == 'sketch/sketch3/sketch0008.JPG' and sketch.labels is None
+    assert torch.equal(sketch.tensor(['2/0007'], 16), torch.stack([from_pil(crop_image(picture(57, (250, 250)), 'fs2k'), 16)]))
+    check_splits(photo, fs2k(tmp_path, 'test', 'photo'))
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda r: r[2].pop('image_name'), r'anno_train\.json: pair 3 is not as FS2K is published.*image_name'),
+    (lambda r: r[0].update(image_name='photo1/../x'), r'anno_train\.json: pair 1 is not as'),
+    (lambda r: r.insert(0, 'text'), r'anno_train\.json: pair 1 is not as'),
+    (lambda r: r[1].update(gender=2), r'anno_train\.json: gender of 2/0001 is none of female, male, 1, 0'),
+    (lambda r: r[1].update(image_name='photo2/image0099'), r'FS2K: 1 images are missing: photo/photo2/image0099'),
+])
+def test_published_fs2k_that_is_damaged(tmp_path, change, message):
+    notes = publish_fs2k(tmp_path/'FS2K')/'anno_train.json'
+    rows = json.loads(notes.read_text()); change(rows); notes.write_text(json.dumps(rows))
+    with pytest.raises(UserError, match=message): fs2k(tmp_path, kind='photo', labelled=True)
+
+
 # ---- data sets by name ------------------------------------------------------------------------------------------------------
 
 def test_data_sets_by_name(tmp_path, mini_celeba, monkeypatch):
@@ -629,7 +631,7 @@ def test_pictures_that_cannot_be_read_here_are_named_and_never_silently_left_out
     for n in ('IMG_1.HEIC', 'b/raw.dng'):
         (tmp_path/'photos'/n).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path/'photos'/n).write_bytes(b'....')
-    with pytest.raises(UserError, match='IMG_1.HEIC, b/raw.dng cannot be read here, pip install pillow-heif'): image_folder(tmp_path/'photos')
+    with pytest.raises(UserError, match="2 left out: IMG_1.HEIC: pip install pillow-heif.*; b/raw.dng: a camera's raw file; export"): image_folder(tmp_path/'photos')
     for n in ('a.jpg', 'b.jpg'): (tmp_path/'photos'/n).write_bytes(encoded(picture(1)))
     (tmp_path/'photos/notes.txt').write_text('no picture')
     images = image_folder(tmp_path/'photos')

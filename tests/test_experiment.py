@@ -18,7 +18,7 @@ from diffclip_da.data import repo_root, toy_faces
 from diffclip_da.settings import homes, override
 from diffclip_da.store import read_json, write_json
 from diffclip_da.study import experiment
-from diffclip_da.study.experiment import Experiment, compare_records, figure2, figure3, figure4, main
+from diffclip_da.study.experiment import Experiment, compare_records, figure2, figure3, figure4, lattice, main, peaks, spectra
 from diffclip_da.study.figures import PAPER_NUMBERS, results_table, validate_record
 from diffclip_da.study.profile import SPLITS, Profile, get_profile, given
 from diffclip_da.study.stats import summarise
@@ -59,6 +59,23 @@ def test_files_and_records_are_complete(toy):
         assert saved['data']['counts'] == dict(train={'long hair': 12, 'beard': 12}, valid={'long hair': 6, 'beard': 6}, test={'long hair': 8, 'beard': 8})
         pd.testing.assert_frame_equal(pd.read_csv(stem.with_suffix('.csv')), table.reset_index(drop=True), check_dtype=False)
         assert set(saved['tolerance']) == set(saved['summary']) and not results_table(saved).empty
+
+
+def test_a_lattice_is_seen_and_told_from_noise():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(100, 3, 32, 32, generator=g) * .2
+    assert all(.5 < v < 2 for p in (2, 4) for v in peaks(spectra(noise).mean(0), p).values())
+    along_x, along_y, both, four = (torch.zeros(32, 32) for _ in range(4))
+    along_x[:, ::2] = along_y[::2] = four[:, ::4] = .2
+    both[::2, ::2] = both[1::2, 1::2] = .2
+    for pattern, key in ((along_x, 'x'), (along_y, 'y'), (both, 'xy')):
+        got = {k: v['mean'] for k, v in lattice(noise, noise + pattern, draws=10).items()}
+        assert got[f'lattice_{key}'] > 10 and all(got[f'lattice_{k}'] < 2 for k in ('x', 'y', 'xy') if k != key)
+    got = lattice(noise, noise + four, draws=10)
+    assert got['lattice4_x']['mean'] > 3 and .5 < got['lattice4_y']['mean'] < 2
+    assert got['lattice4_x']['ci95'][0] <= got['lattice4_x']['mean'] <= got['lattice4_x']['ci95'][1] * 1.2
+    black = lattice(torch.zeros(4, 3, 16, 16), torch.zeros(4, 3, 16, 16), draws=2)
+    assert black['lattice_x']['mean'] == 0
 
 
 def test_summary_is_what_the_table_says(toy):

@@ -78,7 +78,9 @@ def grads(model): return torch.cat([p.grad.flatten() for p in model.parameters()
     (dict(walk=Walk(n_inv=401)), 'lower n_inv or raise t0'),
     (dict(target='  '), 'target is empty'), (dict(source=''), 'source is empty'), (dict(target='photo'), 'no direction'),
     (dict(images_per_update=0), 'images_per_update = 0'), (dict(passes=0), 'passes = 0'), (dict(views=0), 'views = 0'),
-    (dict(n_images=0), 'n_images = 0'), (dict(lr=0.), 'lr = 0'), (dict(clip_weight=-1.), 'none may be negative'),
+    (dict(n_images=0), 'n_images = 0'), (dict(lr=0.), 'lr = 0'), (dict(lr=1e38), 'lr = 1e.38'), (dict(lr=float('nan')), 'lr = nan'),
+    (dict(lr_growth=float('inf')), 'lr_growth = inf'), (dict(seed=2**64), 'seed = 18446744073709551616'), (dict(seed=-1), 'seed = -1'),
+    (dict(clip_weight=float('nan')), 'none may be negative'), (dict(augment_scale=0.), 'augment_scale = 0'), (dict(n_crops=-1), 'n_crops = -1'), (dict(clip_weight=-1.), 'none may be negative'),
     (dict(clip_weight=0., l1_weight=0., grid_weight=0.), 'one must be above 0'), (dict(grad='half'), "choose full"),
     (dict(dtype='float16'), 'fine-tuning takes float32 or bfloat16'),
 ])
@@ -153,7 +155,7 @@ def test_tuning_moves_the_picture(unet, x0):
 def test_toy_finds_the_closed_form():
     def gaussian(m): return GaussianDenoiser(torch.nn.Parameter(torch.tensor(m, dtype=torch.float64)), .2, schedule)
     data, pairs = torch.zeros(50, 1, 1, 1, dtype=torch.float64), step_pairs(500, 6)
-    toy = Walk(t0=500, n_inv=20, n_gen=6, inversion='ddim')
+    toy = Walk(t0=500, n_inv=20, n_gen=6, grid='linear', inversion='ddim')
     z = compute_latents(gaussian(0.), data, toy, schedule).double()
     tuned, _ = tune(gaussian(0.), z, data, lambda x, ref, g: dict(total=(x.mean() - 1)**2), schedule, toy,
                     Recipe(passes=150, images_per_update=50, lr=.03, n_images=50))
@@ -191,9 +193,9 @@ def test_more_passes_continue_fewer_are_refused(tmp_path, unet, x0, clip):
     assert state_hash(longer) == state_hash(straight)
     with pytest.raises(UserError, match='already holds 3 passes'): finetune(unet, x0, clip, None, schedule, replace(cfg, passes=2), out=tmp_path)
 
-def test_foreign_or_broken_checkpoint_is_refused(tmp_path, unet, x0, clip):
+def test_a_foreign_checkpoint_is_refused_and_a_broken_one_made_anew(tmp_path, unet, x0, clip, capsys):
     one = replace(cfg, passes=1)
-    finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
+    tuned, _ = finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
     for change in (dict(lr=2e-4), dict(seed=1)):
         with pytest.raises(UserError, match='another run'): finetune(unet, x0, clip, None, schedule, replace(one, **change), out=tmp_path)
     for other in (dict(target='painting'), dict(walk=replace(walk, t0=300)), dict(dtype='bfloat16')):
@@ -202,7 +204,8 @@ def test_foreign_or_broken_checkpoint_is_refused(tmp_path, unet, x0, clip):
     with pytest.raises(UserError, match='another run'): finetune(unet, x0.flip(0), clip, None, schedule, one, out=tmp_path)
     whole = (tmp_path/'checkpoint.pt').read_bytes()
     (tmp_path/'checkpoint.pt').write_bytes(whole[:len(whole)//2])
-    with pytest.raises(UserError, match='checkpoint.pt is not a readable checkpoint'): finetune(unet, x0, clip, None, schedule, one, out=tmp_path)
+    again, _ = finetune(unet, x0, clip, None, schedule, one, out=tmp_path)   # damaged: named, and made anew
+    assert 'checkpoint.pt is not a readable checkpoint (OSError): the fine-tuning starts over' in capsys.readouterr().out and state_hash(again) == state_hash(tuned)
 
 def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, x0, clip):
     unet = tiny_unet(16)   # `Net` is bounded: no learning rate makes it diverge
@@ -214,7 +217,7 @@ def test_divergence_is_named_and_the_last_good_checkpoint_kept(tmp_path, x0, cli
     kept, history = finetune(unet, x0, clip, None, schedule, replace(wild, passes=1), out=tmp_path)
     assert len(history) == 2 and all(p.isfinite().all() for p in kept.parameters())
     with pytest.raises(DivergedError, match='no pass was finished'):
-        finetune(unet, x0, clip, None, schedule, replace(cfg, lr=1e30), out=tmp_path/'other')
+        finetune(unet, x0, clip, None, schedule, replace(cfg, lr=1.), out=tmp_path/'other')
 
 
 def test_latents_do_not_depend_on_the_batch(unet, x0):
@@ -235,3 +238,131 @@ def test_a_prompt_that_is_too_long_is_refused_before_any_work(tmp_path, monkeypa
     with pytest.raises(UserError, match='make it shorter'):
         finetune(unet, x0, clip, None, schedule, cfg, target='a very detailed pencil sketch of a person ' * 5, out=tmp_path)
     assert not any(tmp_path.iterdir())
+
+
+# --- memory that runs out ---
+
+class Hungry:
+    "A loss that runs out of memory above `limit` images, or as long as gradients are not checkpointed."
+    def __init__(self, limit, error=RuntimeError('could not create a primitive'), recompute=False): self.limit, self.error, self.recompute = limit, error, recompute
+    def __call__(self, x, ref, g):
+        if len(x) > self.limit: raise self.error
+        noise = torch.randn(x.shape, generator=g) * 0   # draws, as augmentation does
+        return dict(total=(x + noise - .3).square().mean(), l1=(x - ref).abs().mean())
+
+@pytest.mark.parametrize('error', [RuntimeError('could not create a primitive'), RuntimeError("DefaultCPUAllocator: can't allocate memory"), MemoryError(),
+                                   RuntimeError("can't start new thread"), torch.OutOfMemoryError('CUDA out of memory'), RuntimeError('std::bad_alloc')])
+def test_a_batch_that_does_not_fit_is_halved_and_its_gradients_add_up(error, unet, x0, capsys):
+    args = unet, compute_latents(unet, x0, walk, schedule), x0
+    recipe = replace(cfg, images_per_update=5, passes=2)
+    want, h = tune(*args, Hungry(5), schedule, walk, recipe)
+    assert capsys.readouterr().out == ''
+    got, g = tune(*args, Hungry(1, error), schedule, walk, recipe)
+    assert capsys.readouterr().out.count('memory ran out') == 2   # 5, 2, 1
+    assert torch.allclose(torch.tensor(g.total), torch.tensor(h.total), rtol=1e-5) and torch.allclose(torch.tensor(g.l1), torch.tensor(h.l1), rtol=1e-5)
+    assert max((a - b).abs().max() for a, b in zip(got.parameters(), want.parameters())) < 2e-5
+    assert state_hash(got) != state_hash(unet)
+
+def test_then_gradients_are_checkpointed_and_only_then_it_gives_up(unet, x0, monkeypatch, capsys):
+    real, seen = F.accumulate_gradients, []
+    def only_checkpointed(model, z, pairs, schedule, loss, grad, **k):
+        seen.append((len(z), grad))
+        if grad == 'full': raise RuntimeError('could not create a primitive')
+        return real(model, z, pairs, schedule, loss, grad, **k)
+    latents = compute_latents(unet, x0, walk, schedule)
+    want, _ = tune(unet, latents, x0, Hungry(9), schedule, walk, replace(cfg, passes=1, grad='checkpoint', images_per_update=2))
+    monkeypatch.setattr(F, 'accumulate_gradients', only_checkpointed)
+    got, _ = tune(unet, latents, x0, Hungry(9), schedule, walk, replace(cfg, passes=1, images_per_update=2))
+    assert seen[:3] == [(2, 'full'), (1, 'full'), (1, 'checkpoint')] and 'checkpointed gradients' in capsys.readouterr().out
+    assert max((a - b).abs().max() for a, b in zip(got.parameters(), want.parameters())) < 2e-5
+    with pytest.raises(UserError, match='not enough memory to fine-tune on a single image .could not create.*smaller size'): tune(unet, latents, x0, Hungry(0), schedule, walk, cfg)
+    with pytest.raises(RuntimeError, match='shapes'): tune(unet, latents, x0, Hungry(0, RuntimeError('shapes do not match')), schedule, walk, cfg)
+
+def test_inversion_halves_its_batch(unet, x0, monkeypatch, capsys):
+    real = Walk.invert
+    def hungry(self, model, x, schedule):
+        if len(x) > 2: raise RuntimeError('could not create a primitive')
+        return real(self, model, x, schedule)
+    want = compute_latents(unet, x0, walk, schedule, 2)
+    monkeypatch.setattr(Walk, 'invert', hungry)
+    assert torch.equal(compute_latents(unet, x0, walk, schedule), want) and 'batches of 2' in capsys.readouterr().out
+
+
+# --- divergence that is still a number ---
+
+class Drift(torch.nn.Module):
+    "Adds its one weight to the picture on the last step: what it does to pictures is plain."
+    def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.zeros(())); self.info = dict(name='drift', sha256=None, provenance='random')
+    def forward(self, x, t): return x * 0 + self.w * 100
+
+@pytest.mark.parametrize('lr', [.1, 1.])
+def test_black_or_white_pictures_are_divergence_and_the_checkpoint_is_from_before(lr, tmp_path, x0, monkeypatch):
+    monkeypatch.setenv('DIFFCLIP_CHECKPOINT_SECONDS', '0')
+    def away(x, ref, g): return dict(total=-x.mean())
+    with pytest.raises(DivergedError, match=r'(?s)of the pixels would be clipped to black or white.*Lower lr'):
+        tune(Drift(), x0[:4], x0[:4], away, schedule, walk, replace(cfg, lr=lr, passes=20, images_per_update=4), out=tmp_path)
+    if (tmp_path/'checkpoint.pt').exists():
+        kept = F.load_state(tmp_path/'checkpoint.pt')
+        with torch.no_grad():
+            model = Drift(); model.load_state_dict(kept['model'])
+            assert F.share_beyond(sample(model, x0[:4], walk.pairs(walk.n_gen, schedule), schedule)) <= F.TOO_MANY
+
+def test_weights_after_the_last_update_are_looked_at_too(x0, tmp_path):
+    def away(x, ref, g): return dict(total=-x.mean())
+    with pytest.raises(DivergedError, match='clipped'): tune(Drift(), x0[:4], x0[:4], away, schedule, walk, replace(cfg, lr=1., passes=1, images_per_update=4), out=tmp_path)
+    assert not (tmp_path/'checkpoint.pt').exists()
+
+def test_a_loss_that_grows_is_divergence():
+    row = {'pass': 0, 'step': 9, 'total': 9.5, 'lr': .1}
+    F.check_sane(row, [2.8] * 9)
+    F.check_sane(row, [2.8, 9.])
+    F.check_sane(dict(row, total=2.), [.0, 1., 2., 3., 4.])   # a first loss of 0 says nothing
+    with pytest.raises(DivergedError, match='more than 3 times as large as at the start.*Lower lr .it was 0.1'): F.check_sane(row, [2.8, 9., 9., 9., 9.])
+    with pytest.raises(DivergedError, match='21%'): F.check_sane(row, [2.8], .21)
+    assert F.share_beyond(torch.tensor([0., 1.4, -1.6, float('nan')])) == .5
+
+
+# --- checkpoints by the clock ---
+
+def test_a_single_photo_shown_often_is_not_written_often(tmp_path, unet, x0, monkeypatch):
+    real, times = F.save_state, []
+    monkeypatch.setattr(F, 'save_state', lambda *a: (times.append(len(a[1]['history'])), real(*a)))
+    def loss(x, ref, g): return dict(total=x.square().mean())
+    tune(unet, x0[:1], x0[:1], loss, schedule, walk, replace(cfg, passes=200, images_per_update=1), out=tmp_path)
+    assert times == [1, 200]   # after the first pass, and at the end
+
+@pytest.mark.parametrize('n', [2, 3, 5, 6])
+def test_stopped_in_the_middle_of_a_pass_it_goes_on_from_there(n, tmp_path, monkeypatch, unet, x0, clip):
+    monkeypatch.setenv('DIFFCLIP_CHECKPOINT_SECONDS', '0')
+    straight, h0 = finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'a')
+    with monkeypatch.context() as m:
+        interrupt_after(m, n)
+        with pytest.raises(Stop): finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'b')
+    done = len(F.load_state(tmp_path/'b/checkpoint.pt')['history']) if n > 2 else 0
+    assert done == max(0, n - 2)   # the weights of an update are kept once its successor has looked at them
+    calls, real = [], F.accumulate_gradients
+    monkeypatch.setattr(F, 'accumulate_gradients', lambda *a, **k: (calls.append(1), real(*a, **k))[1])
+    resumed, h1 = finetune(unet, x0, clip, None, schedule, cfg, out=tmp_path/'b')
+    assert state_hash(straight) == state_hash(resumed) and len(calls) == 6 - done
+    assert h0.drop(columns='seconds').equals(h1.drop(columns='seconds'))
+
+
+# --- damage ---
+
+def test_one_flipped_bit_anywhere_is_repaired_or_named(tmp_path, unet, x0, clip, capsys):
+    from test_store import flips
+    two = replace(cfg, passes=2, n_images=2)
+    want, h = finetune(unet, x0, clip, None, schedule, two, out=tmp_path)
+    for name, n in (('latents.safetensors', 25), ('checkpoint.pt', 25)):
+        whole = (tmp_path/name).read_bytes()
+        for bit, b in flips(tmp_path/name, n):
+            (tmp_path/name).write_bytes(b)
+            got, g = finetune(unet, x0, clip, None, schedule, two, out=tmp_path)
+            assert state_hash(got) == state_hash(want), (name, bit)
+            assert g.drop(columns='seconds').equals(h.drop(columns='seconds'))
+        said = capsys.readouterr().out
+        assert name in said and ('made anew' in said or 'starts over' in said)
+        if name != 'checkpoint.pt': assert (tmp_path/name).read_bytes() == whole
+    (tmp_path/'history.csv').write_text('damaged')
+    finetune(unet, x0, clip, None, schedule, two, out=tmp_path)
+    assert (tmp_path/'history.csv').read_text().startswith('pass,step,total')

@@ -1,5 +1,5 @@
 "The front door: a folder and a few words, as a function and as a command; tiny random networks."
-import json, os, shutil
+import json, os, shutil, signal, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from PIL import Image
 import diffclip_da.adaptation.folder as D
 from diffclip_da.adaptation.finetune import CAREFUL, Recipe
 from diffclip_da.adaptation.folder import adapt_folder, check_images, main
-from diffclip_da.core import UserError
+from diffclip_da.core import UserError, friendly_exit
 from diffclip_da.data import image_folder
 from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.unet import save_unet, tiny_unet
@@ -38,7 +38,7 @@ def sketches(tmp_path_factory, photos, weights):
 def test_folder_result(sketches, images, weights):
     names = {p.relative_to(sketches).as_posix() for p in sketches.rglob('*') if p.is_file() and '.diffclip' not in p.parts}
     assert {f'images/{i.rsplit(".", 1)[0]}.png' for i in images.ids} < names
-    assert {'labels.csv', 'contact_sheet.png', 'report.json', 'manifest.csv', 'config.json'} < names and not any(n.endswith('.tmp') for n in names)
+    assert {'labels.csv', 'contact_sheet.png', 'report.json', 'report.html', 'manifest.csv', 'config.json'} < names and not any(n.endswith('.tmp') for n in names)
     again = image_folder(sketches/'images', sketches/'labels.csv')   # the result is a labelled data set
     assert {i.rsplit('.', 1)[0]: again.classes[k] for i, k in again.labels.items()} == {i.rsplit('.', 1)[0]: images.classes[k] for i, k in images.labels.items()}
     assert Image.open(sketches/'contact_sheet.png').size == (6 * 18 + 2, 2 * (2 * 18 + 2))   # seven pairs: six columns, two double rows
@@ -104,6 +104,13 @@ def bad_commands(photos, tmp, weights):
         'size': (argv(photos, ok, weights, '--size', 17), 'size = 17: this U-Net takes multiples of 4 pixels; give 16'),
         'no size': (argv(photos, ok, weights, '--size', -4), 'multiples of 4'),
         'passes': (argv(photos, ok, weights, '--passes', 0), 'passes = 0'),
+        'size 7': (argv(photos, ok, weights, '--size', 7), 'size = 7: this U-Net takes multiples of 4 pixels; give 8'),
+        'size 0': (argv(photos, ok, weights, '--size', 0), 'size = 0'),
+        'lr': (argv(photos, ok, weights, '--lr', '1e38'), 'lr = 1e+38'),
+        'lr nan': (argv(photos, ok, weights, '--lr', 'nan'), 'lr = nan'),
+        'seed': (argv(photos, ok, weights, '--seed', 2**70), f'seed = {2**70}'),
+        'out in a file': (argv(photos, labels/'x', weights), 'is a file, not a folder'),
+        'save in a file': (argv(photos, ok, weights, '--save', labels/'x'), 'is a file, not a folder'),
         'batch': (argv(photos, ok, weights, '--batch-size', 0), 'batch_size = 0'),
         'labels': (argv(photos, ok, weights, '--labels', labels), 'l.csv: no line for 6 images'),
         'device': (argv(photos, ok, weights, '--device', 'cuda:77'), "device 'cuda:77' cannot be used"),
@@ -190,3 +197,134 @@ def test_a_saved_adapter_on_the_command_line(tmp_path, photos, weights, sketches
                        (['--adapter', str(tmp_path)], 'holds no adapter.json')):
         with pytest.raises(SystemExit) as e: main([str(photos), '--out', str(tmp_path/'three'), *bad])
         assert e.value.code == 2 and words in capsys.readouterr().err and not (tmp_path/'three').exists()
+
+
+# --- what a run needs ---
+
+def refused(args, capsys, words, out):
+    with pytest.raises(SystemExit) as e: main(args)
+    err = capsys.readouterr().err
+    assert e.value.code == 2 and words in err and 'Traceback' not in err, err
+    assert not out.exists()
+
+def test_too_small_a_disk_is_refused_before_the_work(tmp_path, photos, weights, capsys, monkeypatch):
+    from diffclip_da import store
+    monkeypatch.setattr(store.shutil, 'disk_usage', lambda p: type('U', (), dict(free=10_000)))
+    refused(argv(photos, tmp_path/'out', weights), capsys, 'are needed there, and 1 MB are free', tmp_path/'out')
+
+def test_what_is_written_was_estimated(sketches, photos, weights):
+    from diffclip_da.adaptation.adapter import Adapter
+    adapter = Adapter.from_pretrained(weights['unet'], weights['clip'], None, device='cpu')
+    need = D.bytes_written(adapter, 7, replace(CAREFUL, n_images=4))
+    def size(*parts): return sum(p.stat().st_size for part in parts for p in sketches.rglob(part) if p.is_file())
+    assert size('finetune/*/*') <= need['the fine-tuning'] < 4e6 + 2 * 3 * 4 * sum(p.numel() for p in adapter.unet.parameters())
+    assert size('images/*/*', 'latents/*/*', 'shards/*') <= need['adapting'] + 30_000 and size('report.html') < need['the report']
+
+def test_too_little_memory_is_refused_before_the_work(tmp_path, photos, weights, capsys, monkeypatch):
+    monkeypatch.setattr(D, 'available_memory', lambda: 100_000)
+    refused(argv(photos, tmp_path/'out', weights), capsys, 'of memory, and 1 MB are free; take a smaller size', tmp_path/'out')
+
+def test_memory_is_counted_without_computing():
+    small, large = (D.memory_needed(tiny_unet(16), s, tuned=True) for s in (16, 64))
+    weights = 4 * 4 * sum(p.numel() for p in tiny_unet(16).parameters())
+    assert weights < small < large and (large - weights) == pytest.approx(16 * (small - weights), rel=.1)
+    assert D.memory_needed(tiny_unet(16), 64, tuned=False) < large and D.memory_needed(torch_free(), 16, False) == 0
+
+class Odd(tiny_unet(16).__class__.__mro__[1]):
+    def forward(self, x, t): return x * float(x.sum())   # needs a value: nobody can follow
+def torch_free(): return Odd()
+
+def test_the_estimate_takes_smaller_batches_where_memory_is_short(photos, weights, monkeypatch):
+    from diffclip_da.adaptation.adapter import Adapter
+    adapter = Adapter.from_pretrained(weights['unet'], weights['clip'], None, device='cpu')
+    real, seen = adapter.unet, []
+    class Hungry(Odd):
+        def forward(self, x, t):
+            seen.append(len(x))
+            if len(x) > 2: raise RuntimeError('could not create a primitive')
+            return real(x, t)
+    adapter.unet = Hungry()
+    assert D.estimate_seconds(adapter, None, 8) > 0 and seen[:3] == [8, 4, 2]
+
+
+# --- claims, retouched pictures, paths ---
+
+def test_a_job_that_made_nothing_claims_nothing(tmp_path, photos, weights, monkeypatch, capsys, sketches):
+    out = tmp_path/'out'
+    def broken(*a, **k): raise RuntimeError('shapes do not match')
+    with monkeypatch.context() as m:
+        m.setattr(Walk, 'invert', broken)
+        with pytest.raises(RuntimeError, match='shapes'): main(argv(photos, out, weights, '--seed', 3))
+    assert not out.exists()
+    (out/'.diffclip').mkdir(parents=True)   # killed between its claim and its first file
+    (out/'.diffclip'/'job.json').write_text('{"key": "other", "inputs": {"target": "statue"}}')
+    assert main(argv(photos, out, weights, '--labels', photos.parent/'labels.csv')) == 0
+    assert tree(out/'images') == tree(sketches/'images')
+
+def test_a_damaged_job_or_config_does_not_lock_the_owner_out(tmp_path, photos, weights, sketches, capsys):
+    out, more = tmp_path/'out', ('--labels', photos.parent/'labels.csv')
+    shutil.copytree(sketches, out)
+    outputs = 'report.json', 'report.html', 'labels.csv', 'manifest.csv', 'contact_sheet.png'
+    for text, names in (('{"ke', ('config.json', *outputs)), ('', ('.diffclip/job.json', *outputs)), ('[]', ('config.json', '.diffclip/job.json'))):
+        for name in names: (out/name).write_text(text)
+        assert main(argv(photos, out, weights, *more)) == 0
+        assert tree(out) == tree(sketches), text
+    shutil.rmtree(out/'.diffclip')
+    assert main(argv(photos, out, weights, *more)) == 0 and tree(out/'images') == tree(sketches/'images')
+
+def test_a_retouched_picture_stays_until_force(tmp_path, photos, weights, sketches, capsys):
+    from test_adapter import retouch
+    out, more = tmp_path/'out', ('--labels', photos.parent/'labels.csv')
+    shutil.copytree(sketches, out)
+    retouch(out/'images/a/1.png')
+    mine = (out/'images/a/1.png').read_bytes()
+    assert main(argv(photos, out, weights, *more)) == 0
+    assert (out/'images/a/1.png').read_bytes() == mine and 'images/a/1.png' in capsys.readouterr().out
+    assert main(argv(photos, out, weights, *more, '--force')) == 0 and tree(out) == tree(sketches)
+
+def test_reports_name_no_path_of_this_machine(tmp_path, photos, weights):
+    mixed = shutil.copytree(photos, tmp_path/'photos')
+    (mixed/'b/4.jpg').write_bytes(b'no picture')
+    adapt_folder(mixed, 'a pencil sketch', tmp_path/'out', skip_bad=True, **small, **weights)
+    for name in ('report.json', 'report.html', 'labels.csv', 'manifest.csv', 'config.json'):
+        if (tmp_path/'out'/name).exists(): assert str(tmp_path) not in (tmp_path/'out'/name).read_text(), name
+    assert json.loads((tmp_path/'out/report.json').read_text())['skipped']['b/4.jpg'].startswith('b/4.jpg: ')
+
+
+# --- signals and output ---
+
+def test_sigterm_is_like_ctrl_c_with_code_143(tmp_path, photos, weights, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGTERM)
+    def stop(*a, **k): os.kill(os.getpid(), signal.SIGTERM)
+    monkeypatch.setattr(Walk, 'generate', stop)
+    with pytest.raises(SystemExit) as e: main(argv(photos, tmp_path/'out', weights))
+    assert e.value.code == 143 and 'the same command resumes' in capsys.readouterr().err and signal.getsignal(signal.SIGTERM) == before
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_during_the_imports_is_one_line(number):
+    code = f'import sys, os; sys.argv = ["-m"]; import diffclip_da; os.kill(os.getpid(), {int(number)}); import time; time.sleep(5)'
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
+    assert done.returncode == 128 + number and done.stderr == 'interrupted; the same command resumes\n'
+    code = code.replace('["-m"]', '["a notebook"]')   # a library leaves signals alone
+    assert 'same command' not in subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stderr
+
+def test_output_that_cannot_be_written_is_one_line(monkeypatch, capsys):
+    class Full:
+        def write(self, s): return len(s)
+        def flush(self): raise OSError(28, 'No space left on device')
+    @friendly_exit
+    def command(): print('hello'); return 0
+    with monkeypatch.context() as m:
+        m.setattr(sys, 'stdout', Full())
+        with pytest.raises(SystemExit) as e: command()
+    assert e.value.code == 2 and 'cannot be written (No space left on device)' in capsys.readouterr().err
+
+@pytest.mark.parametrize('error', [RuntimeError("can't start new thread"), MemoryError(), OSError(12, 'Cannot allocate memory')])
+def test_memory_that_runs_out_anywhere_is_one_line(error, capsys):
+    @friendly_exit
+    def command(): raise error
+    with pytest.raises(SystemExit) as e: command()
+    assert e.value.code == 2 and 'memory ran out' in capsys.readouterr().err
+    @friendly_exit
+    def other(): raise RuntimeError('a bug')
+    with pytest.raises(RuntimeError, match='a bug'): other()

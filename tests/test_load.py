@@ -7,7 +7,7 @@ from diffclip_da.core import UserError
 from diffclip_da.models import load
 from diffclip_da.models.clip import TINY, ClipEnsemble, new_clip
 from diffclip_da.models.identity import MobileFaceNet
-from diffclip_da.models.load import load_embedder, load_guide, load_unet, toy_models
+from diffclip_da.models.load import load_embedder, load_guide, load_unet, options_in, toy_models
 from diffclip_da.workshop.train_clip import save_clip
 
 
@@ -76,3 +76,27 @@ def test_a_mobilefacenet_is_known_by_its_content(tmp_path):
     judge, x = load_embedder(tmp_path/'judge.pt', face_box=(0, 0, 1, 1)), torch.rand(1, 3, 112, 112) * 2 - 1
     with torch.no_grad(): torch.testing.assert_close(judge.embed(x), F.normalize(net(x), dim=-1))
     assert judge.info['name'] == 'mobilefacenet/judge.pt' and judge.size == 112
+
+
+# ---- settings in a name -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name, bare, options', [
+    ('adm.pt?num_heads=4&image_size=64', 'adm.pt', dict(num_heads=4, image_size=64)), ('C:\\models\\adm.pt?qkv_order=qkv', 'C:\\models\\adm.pt', dict(qkv_order='qkv')),
+    ('owner/name?revision=main', 'owner/name', dict(revision='main')), ('shipped', 'shipped', {}), ('C:/models/unet', 'C:/models/unet', {})])
+def test_a_name_carries_settings_behind_a_question_mark(name, bare, options): assert options_in(name) == (bare, options)
+
+
+def test_settings_in_a_name_are_checked(tmp_path):
+    for bad in ('m.pt?', 'm.pt?heads=4', 'm.pt?num_heads=four', 'm.pt?num_heads=4&'):
+        with pytest.raises(UserError, match=r'behind the question mark stand settings of the form num_heads=4.*image_size'): load_unet(bad)
+    (tmp_path/'really?num_heads=4').mkdir()
+    assert options_in(tmp_path/'really?num_heads=4') == (str(tmp_path/'really?num_heads=4'), {})
+    with pytest.raises(UserError, match='only for published weights'): load_unet('shipped?image_size=32')
+    assert load_unet('toy?image_size=32').image_size == 32
+
+
+@pytest.mark.parametrize('name', ['C:\\models\\unet', 'C:/models/unet', 'D:unet.pt', '\\\\server\\share\\unet.safetensors'])
+def test_windows_paths_that_are_not_there_are_named(name):
+    for load in (load_unet, load_guide, load_embedder):
+        with pytest.raises(UserError) as e: load(name)
+        assert name.replace('\\', '') in str(e.value).replace('\\', '')

@@ -94,3 +94,42 @@ def test_the_fastest_number_type_is_that_of_the_processor(monkeypatch, has, want
     assert loop.fast_dtype() == want
     monkeypatch.delattr(torch.cpu, 'get_capabilities')   # an older torch
     assert loop.fast_dtype() == 'float32'
+
+
+def test_a_loss_that_has_grown_tenfold_stops_before_it_is_kept(tmp_path):
+    net, losses = nn.Linear(1, 1), [1.] * 24 + [30.] * 16
+    t = TrainingLoop(tmp_path/'a.pt', dict(net=net), dict(lr=.3))
+    with pytest.raises(NanLoss, match=r'diverged: the loss was 1 in the first ten steps, and 30 in those before step 36; lower lr .now 0.3'):
+        t.run(lambda k: losses[k], 40, every=12)
+    assert TrainingLoop(tmp_path/'a.pt', dict(net=net), dict(lr=.3)).step == 24   # the checkpoint is from before
+    t = TrainingLoop(tmp_path/'b.pt', dict(net=net), dict(lr=.3))
+    t.run(lambda k: [0., 5., 9.][min(k, 2)] - 1, 40)   # a loss that begins at or below 0 says nothing
+
+
+def test_checkpoints_come_by_the_clock(tmp_path, monkeypatch):
+    from diffclip_da import store
+    now, saved = [0.], []
+    monkeypatch.setattr(store.time, 'monotonic', lambda: now[0])
+    t = TrainingLoop(tmp_path/'a.pt', dict(net=nn.Linear(1, 1)), {})
+    def step(k): now[0] += 4.; return 1.
+    t.run(step, 50, log=lambda t: saved.append(t.step))
+    assert saved == [3, 18, 33, 48, 50]   # after 12 s, then once a minute, and at the end
+
+
+def test_a_flipped_bit_in_a_training_checkpoint_is_named(tmp_path):
+    from test_store import flips
+    fit(tmp_path/'a.pt')
+    _, mean, h = fit(tmp_path/'a.pt')
+    want, named = [v.clone() for v in state(mean)], 0
+    for bit, b in flips(tmp_path/'a.pt', 150):
+        (tmp_path/'b.pt').write_bytes(b)
+        try: _, got, h2 = fit(tmp_path/'b.pt')
+        except UserError as e: assert 'b.pt' in str(e); named += 1; continue
+        assert h == h2 and all(torch.equal(a, b) for a, b in zip(want, state(got))), bit
+    assert named > 50
+
+
+def test_temporaries_of_a_killed_training_go(tmp_path):
+    (tmp_path/'a.pt.99999999-0123abcd.tmp').write_bytes(b'half wri')
+    fit(tmp_path/'a.pt')
+    assert [p.name for p in tmp_path.iterdir()] == ['a.pt']

@@ -20,12 +20,15 @@ REPO = Path(__file__).parent.parent
 
 
 def test_profiles_are_the_papers_and_ours():
-    e, c, p = (PROFILES[k] for k in ('embedded', 'celeba64', 'paper'))
+    e, c, p, script = (PROFILES[k] for k in ('embedded', 'celeba64', 'paper', 'paper_script'))
     assert (e.n_train, e.n_valid, e.n_test, e.walk, e.recipe, e.training) == (400, 100, 300, Walk(), Recipe(), Training())
     assert (c.n_train, c.n_valid, c.n_test, c.source, c.target, c.recipe) == (1200, 100, 300, 'photo', 'sketch', Recipe())
     assert e.compute.dtype == e.training.dtype == 'float32' and c.compute.dtype == c.training.dtype == fast_dtype()
-    assert (p.size, p.walk.t0, p.walk.n_inv, p.walk.n_gen, p.clip, p.embedder) == (256, 601, 40, 6, 'ViT-B-16/openai', 'facenet:vggface2')
-    assert (p.walk.inversion, p.recipe.images_per_update, p.recipe.n_images, p.recipe.passes) == ('ddim', 1, 50, 6)
+    assert (p.size, p.walk, p.clip, p.embedder) == (256, Walk(t0=601), 'ViT-B-16/openai', 'facenet:vggface2')
+    assert (p.recipe.images_per_update, p.recipe.n_images, p.recipe.passes) == (1, 50, 6)
+    assert (script.walk.t0, script.walk.n_inv, script.walk.n_gen, script.walk.inversion, script.walk.grid) == (601, 40, 6, 'ddim', 'linear')
+    assert script.walk.inverter == 'finetuned' and script.walk.evaluations == (39, 6)
+    assert replace(script, name='paper', walk=p.walk) == p
     for q in PROFILES.values():
         q.walk.check(linear_schedule()); q.compute.check(); q.recipe.check(q.source, q.target)
 

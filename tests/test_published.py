@@ -231,7 +231,7 @@ def guided_state(channels=(32, 64), layers=1, attn=(1,), width=32, updown=True, 
     return dict(s)
 
 
-def guided_reference(s, x, t, layers, head, order, film):
+def guided_reference(s, x, t, layers, head, order, film, n_heads=None):
     "ADM's U-Net as a walk over the names of a state dict; one attention head after another"
     def conv(name, h, **kw): return F.conv2d(h, s[f'{name}.weight'], s[f'{name}.bias'], **kw)
     def dense(name, h): return F.linear(h, s[f'{name}.weight'], s[f'{name}.bias'])
@@ -249,11 +249,12 @@ def guided_reference(s, x, t, layers, head, order, film):
     def attention(name, h):
         b, c, *side = h.shape
         rows = F.conv1d(norm(f'{name}.norm', h.flatten(2)), s[f'{name}.qkv.weight'], s[f'{name}.qkv.bias'])
+        wide = head or c // n_heads
         heads = []
-        for i in range(c // head):
-            at = [3 * head * i + head * part for part in range(3)] if order == 'heads' else [c * part + head * i for part in range(3)]
-            q, k, v = (rows[:, a:a + head] for a in at)
-            w = torch.einsum('bci,bcj->bij', q * head ** -.25, k * head ** -.25).softmax(-1)
+        for i in range(c // wide):
+            at = [3 * wide * i + wide * part for part in range(3)] if order == 'heads' else [c * part + wide * i for part in range(3)]
+            q, k, v = (rows[:, a:a + wide] for a in at)
+            w = torch.einsum('bci,bcj->bij', q * wide ** -.25, k * wide ** -.25).softmax(-1)
             heads.append(torch.einsum('bij,bcj->bci', w, v))
         return h + F.conv1d(torch.cat(heads, 1), s[f'{name}.proj_out.weight'], s[f'{name}.proj_out.bias']).reshape(b, c, *side)
     def stage(name, h, size):
@@ -285,13 +286,79 @@ def test_a_guided_checkpoint_computes_what_the_original_does(tmp_path, x, kw, or
     assert list(m.unet.state_dict()) != [] and set(m.unet.state_dict()) == set(s) and m.info['provenance'] == 'published'
 
 
-def test_heads_are_64_wide_unless_told_and_the_order_matters(tmp_path, x):
+def test_heads_have_to_be_told_and_they_and_the_order_matter(tmp_path, x):
     s = guided_state(channels=(32, 128)); torch.save(s, tmp_path / 'm.pt')
+    load = lambda **kw: load_unet(tmp_path / 'm.pt', **kw)
     with torch.no_grad():
-        close(load_unet(tmp_path / 'm.pt')(x, T), guided_reference(s, x, T, 1, 64, 'heads', True))
-        for kw in (dict(head_channels=32), dict(qkv_order='qkv')): assert (load_unet(tmp_path / 'm.pt', **kw)(x, T) - load_unet(tmp_path / 'm.pt')(x, T)).abs().max() > 1e-3
-    with pytest.raises(UserError, match='128 channels cannot be cut into heads of 48.*head_channels'): load_unet(tmp_path / 'm.pt', head_channels=48)
-    with pytest.raises(UserError, match="qkv_order = 'new': choose heads, qkv"): load_unet(tmp_path / 'm.pt', qkv_order='new')
+        close(load(head_channels=64)(x, T), guided_reference(s, x, T, 1, 64, 'heads', True))
+        for kw in (dict(head_channels=32), dict(head_channels=64, qkv_order='qkv')): assert (load(**kw)(x, T) - load(head_channels=64)(x, T)).abs().max() > 1e-3
+    with pytest.raises(UserError, match='128 channels cannot be cut into heads of 48.*head_channels'): load(head_channels=48)
+    with pytest.raises(UserError, match="qkv_order = 'new': choose heads, qkv"): load(qkv_order='new', head_channels=64)
+    with pytest.raises(UserError, match=r"m\.pt: its tensors do not tell how many heads.*head_channels=64 \(ADM, P2\), or num_heads=4.*'model.pt\?num_heads=4'"): load()
+    with pytest.raises(UserError, match='128 channels cannot be cut into 3 heads'): load(num_heads=3)
+    with pytest.raises(UserError, match='head_channels or num_heads, not both'): load(num_heads=2, head_channels=64)
+    assert not list(tmp_path.glob('*.sha256')) or load(head_channels=64)          # a refused start notes nothing that hinders
+
+
+@pytest.mark.parametrize('heads', [4, 2, 1])
+def test_a_number_of_heads_is_computed_as_the_original_does(tmp_path, x, heads):
+    "Widths differ from level to level, so no width of a head would do."
+    s = guided_state(channels=(32, 64, 128), attn=(1, 2)); torch.save(s, tmp_path / 'm.pt')
+    with torch.no_grad():
+        for m in (load_unet(tmp_path / 'm.pt', num_heads=heads), load_unet(f"{tmp_path / 'm.pt'}?num_heads={heads}&image_size=16")):
+            close(m(x, T), guided_reference(s, x, T, 1, None, 'heads', True, heads))
+    save_unet(m, tmp_path / 'own')
+    with torch.no_grad(): close(load_unet(tmp_path / 'own')(x, T), m(x, T))
+
+
+def test_published_architectures_keep_their_heads():
+    for known in published.HEADS_OF_64:
+        with torch.device('meta'): state = GuidedUNet(256, **known).state_dict()
+        config = guided_config(state)
+        assert config['sample_size'] == 256 and all(config[k] == v for k, v in known.items())
+        with torch.device('meta'): assert published.guided_network(state)[0].config.head_channels == 64
+
+
+@pytest.mark.parametrize('attention, guess', [((1, 2), 32), ((3,), 128), ((2,), 64)])
+def test_a_guess_of_the_size_is_told_and_can_be_overruled(tmp_path, capsys, attention, guess):
+    torch.save(GuidedUNet(64, channels=(32,) * 4, attention=attention, width=32, head_channels=16).state_dict(), path := tmp_path / 'm.pt')
+    assert load_unet(path, head_channels=16).image_size == guess
+    assert f'{path}: guessed from where it attends: images of {guess} px' in (said := capsys.readouterr().out) and '?image_size=' in said
+    assert load_unet(f'{path}?image_size=64&head_channels=16').image_size == 64 and capsys.readouterr().out == ''
+    with pytest.raises(UserError, match=f'seem to be of {guess} px'): load_unet(path)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda k, v: v * float('nan'), 'NaN or infinite'), (lambda k, v: v / 0 if k.startswith('out.') else v, 'NaN or infinite'), (lambda k, v: v.to(torch.int8), 'int8, not fractions'),
+    (lambda k, v: v.to(torch.complex64), 'complex64, not fractions'), (lambda k, v: v[:1].clone().expand(v.shape) if v.ndim > 2 else v, r'sparse, quantised or repeated'), (lambda k, v: v.to_sparse(), 'sparse, quantised or repeated')])
+def test_weights_that_are_no_weights_are_refused_by_every_reader(tmp_path, change, message):
+    state = GuidedUNet(16, channels=(32, 32), attention=(0,), width=32, head_channels=16).state_dict()
+    torch.save({k: change(k, v) for k, v in state.items()}, tmp_path / 'm.pt')
+    with pytest.raises(UserError, match=rf'm\.pt: .*{message}'): load_unet(tmp_path / 'm.pt', head_channels=16)
+    unet = UNet2DModel(sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2)
+    unet.save_config(tmp_path)
+    torch.save({k: change('out.', v) for k, v in unet.state_dict().items()}, tmp_path / BIN_NAME)
+    with pytest.raises(UserError, match=rf'{BIN_NAME}.*{message}'): load_unet(tmp_path)
+
+
+@pytest.mark.parametrize('kw, ok', [
+    (dict(rescale_betas_zero_snr=True), False), (dict(rescale_betas_zero_snr=True, prediction_type='v_prediction'), False), (dict(trained_betas=torch.linspace(1e-4, .02, 1000).tolist()), True),
+    (dict(trained_betas=torch.linspace(1e-4, .021, 1000).tolist()), False), (dict(trained_betas=[.1] * 7, num_train_timesteps=7), False), (dict(beta_end=.0201), False),
+    (dict(beta_schedule='scaled_linear'), False)])
+def test_schedules_are_compared_by_their_numbers(tmp_path, kw, ok):
+    from diffusers import DDIMScheduler
+    net = UNet2DModel(sample_size=16, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8, down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2)
+    net.save_pretrained(tmp_path); DDIMScheduler(**kw).save_pretrained(tmp_path)
+    if ok: assert load_unet(tmp_path).v_schedule is None
+    else:
+        with pytest.raises(UserError, match=f'was trained for .*{next(iter(kw))}') as e: load_unet(tmp_path)
+        assert len(str(e.value)) < 600
+
+
+def test_schedulers_that_do_not_count_noise_in_betas_are_refused(tmp_path):
+    for name in ('EDMEulerScheduler', 'FlowMatchEulerDiscreteScheduler', 'ScoreSdeVeScheduler', 'CMStochasticIterativeScheduler'):
+        (tmp_path / 'scheduler_config.json').write_text(json.dumps(dict(_class_name=name, sigma_max=80)))
+        with pytest.raises(UserError, match=name): published.trained_for(tmp_path)
 
 
 def test_p2_face_model_has_its_published_size():

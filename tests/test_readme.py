@@ -21,9 +21,11 @@ from click.testing import CliRunner
 from conftest import encoded, picture
 from diffusers import UNet2DModel
 from papermill.cli import papermill
+from torch.distributed.run import get_args_parser
 
 import diffclip_da
 from check_sync import ROOT
+from diffclip_da.core import UserError
 
 README = (ROOT/'README.md').read_text(encoding='utf-8')
 OVERVIEW = json.loads((ROOT/'nbs/00_overview.ipynb').read_text(encoding='utf-8'))
@@ -45,7 +47,8 @@ ADDED = {  # command as README has it: what is added to it here
     '.venv/bin/papermill nbs/21_figure3.ipynb runs/21_figure3.ipynb -p profile embedded -p n_inv 40': '--prepare-only',
     '.venv/bin/papermill nbs/21_figure3.ipynb runs/21_figure3.ipynb -p profile paper -p celeba path/to/celeba': '--prepare-only',
     '.venv/bin/accelerate launch -m diffclip_da.adaptation.folder photos/ --target "sketch" --out many-sketches/': TOY,
-    '.venv/bin/accelerate launch -m diffclip_da.models.train --images photos/ --out runs/unet': TINY_UNET}
+    '.venv/bin/accelerate launch -m diffclip_da.models.train --images photos/ --out runs/unet': TINY_UNET,
+    '.venv/bin/torchrun --nproc_per_node 2 -m diffclip_da.adaptation.folder photos/ --target "sketch" --out two-processes/': TOY}
 REPLACED = {  # in README's Python: what stands there, what runs here
     'target="sketch")': 'target="sketch", recipe=Recipe(n_images=2, views=2, n_crops=1))',
     'walk=Walk(t0=400)': 'walk=Walk(t0=400, n=2)',
@@ -182,6 +185,10 @@ def run_command(command: str):
         args = launch_command_parser().parse_args(words[1:])
         assert args.module
         run_module(args.training_script, args.training_script_args)
+    elif program == 'torchrun':
+        args = get_args_parser().parse_args(words)
+        assert args.module and args.nproc_per_node == '2'   # `test_two_processes_make_the_bytes_of_one` starts two
+        run_module(args.training_script, args.training_script_args)
     elif program == 'papermill':
         os.makedirs('runs', exist_ok=True)
         done = CliRunner().invoke(papermill, words)
@@ -227,7 +234,7 @@ def test_what_the_commands_leave_behind(reader):
     reader.up_to(len(PARTS) - 1)
     for out, names in dict(sketches='0 1 2 3', statues='0 1 2 3').items():
         assert sorted(p.stem for p in (reader.root/out/'images').glob('*.png')) == names.split(), out
-        assert (reader.root/out/'contact_sheet.png').exists() and (reader.root/out/'report.json').exists()
+        for name in ('contact_sheet.png', 'report.json', 'report.html'): assert (reader.root/out/name).exists()
     assert 'fox' in (reader.root/'animal-sketches/labels.csv').read_text()
     report = json.loads((reader.root/'holiday-sketches/report.json').read_text())
     assert list(report['skipped']) == ['beach.png']
@@ -243,6 +250,69 @@ def test_labels_of_three_classes_keep_their_order_on_a_target_that_lacks_one(rea
         assert {i: images.classes[images.labels[i]] for i in images.ids} == {i: i.split('/')[0] for i in images.ids}
     x, _ = space['test']
     assert space['predict'](space['classifier'], x).shape == (2, 3)
+
+
+# ---------------------------------------------------------------- when something goes wrong
+
+def troubles(tmp, patch):
+    "Message -> what makes the package say it."
+    from diffclip_da import align, store
+    from diffclip_da.adaptation import finetune
+    from diffclip_da.adaptation.adapter import Adapter
+    from diffclip_da.adaptation.folder import check_folders, check_images
+    from diffclip_da.core import local_device
+    from diffclip_da.data import image_folder
+    from diffclip_da.models.unet import tiny_unet
+    photos = tmp/'photos'
+    for k in range(2): save(photos/f'{k}.png', picture(k))
+    (tmp/'one.csv').write_text('id,label\n0.png,a\n')
+    (tmp/'same.csv').write_text('id,label\n0.png,a\n1.png,a\n')
+    (tmp/'mine').mkdir(); (tmp/'mine'/'thesis.txt').write_text('mine')
+    save(tmp/'bad/0.png', picture(0)); (tmp/'bad/1.png').write_bytes(b'no picture')
+
+    def full(fd): raise OSError(28, 'No space left on device')
+
+    def no_face():
+        patch.setattr(align, 'find_face', lambda *a: None)
+        align.align_faces(image_folder(photos), tmp/'aligned')
+
+    def another_run():
+        for t0 in (1, 2): store.claim_folder(tmp/'c.json', str(t0), dict(t0=t0), 'out')
+
+    def full_disk():
+        with patch.context() as m:
+            m.setattr(os, 'fsync', full)
+            store.write_json(tmp/'x.json', 1)
+
+    def replaced():
+        images = image_folder(photos)
+        images.image_hash('0.png')
+        save(photos/'0.png', picture(9))
+        images.tensor(size=8)
+
+    return {
+        'is not empty and not the result of an earlier run': lambda: check_folders(photos, tmp/'mine'),
+        'holds the result of another run (different:': another_run,
+        'or leave such images out with --skip-bad': lambda: check_images(image_folder(tmp/'bad')),
+        'no line for': lambda: image_folder(photos, tmp/'one.csv'),
+        'every image has the label': lambda: image_folder(photos, tmp/'same.csv'),
+        'no face was found in any of the': no_face,
+        'this U-Net takes multiples of': lambda: Adapter(tiny_unet(16), size=17).check(),
+        'cannot be used': lambda: local_device('cuda:77'),
+        'not enough memory to fine-tune on a single image': lambda: finetune.Economy(1, 'checkpoint').lower('could not create a primitive'),
+        'fine-tuning diverged': lambda: finetune.check_sane({'pass': 0, 'step': 3, 'total': 10.4, 'lr': .1}, beyond=.4),
+        'no space left on the disk': full_disk,
+        'was replaced while the run goes on': replaced,
+    }
+
+
+def test_the_messages_in_the_table_are_those_of_the_package(tmp_path, monkeypatch):
+    rows = re.findall(r'^\| `([^`]+)` \|[^|]+\|[^|]+\|$', README.partition('### When something goes wrong')[2].partition('###')[0], re.M)
+    ways = troubles(tmp_path, monkeypatch)
+    assert len(rows) >= 10 and set(rows) == set(ways)
+    for message, way in ways.items():
+        with pytest.raises(UserError) as e: way()
+        assert message in str(e.value), message
 
 
 # ---------------------------------------------------------------- make

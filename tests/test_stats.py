@@ -90,3 +90,11 @@ def test_gap_and_correlation():
     assert r['mean'] == pytest.approx(np.corrcoef(x, y)[0, 1])
     assert r['ci95'] == pytest.approx(np.tanh([np.arctanh(r['mean']) - half, np.arctanh(r['mean']) + half]), abs=1e-5)
     assert r['interval'].endswith('over the prompts') and correlation(x, [1] * 5, 3, '') is None
+
+
+def test_the_interval_of_a_share_ends_at_one():
+    plain, share = over_seeds([.98, .99, 1.]), over_seeds([.98, .99, 1.], share=True)
+    assert plain['ci95'][1] > 1 == share['ci95'][1] and share['ci95'][0] == plain['ci95'][0] and share['mean'] == plain['mean']
+    assert over_seeds([.0, .01, .02], share=True)['ci95'][0] == 0 and over_seeds([.5], share=True)['ci95'] is None
+    rows = [dict(seed=s, epoch=1, split=split, accuracy=a, balanced_accuracy=a, auroc=a) for s, a in enumerate((.98, .99, 1.)) for split in ('train', 'valid')]
+    assert summarise(pd.DataFrame(rows), {})['train_auroc']['ci95'][1] == 1

@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,6 +25,7 @@ from diffclip_da.store import (asset_file, atomic_write, cached_tensor, canonica
                                code_hash, fingerprint, git_commit, is_web_page, load_card, read_json, read_tensors,
                                remove_leftovers, sha256_bytes, sha256_file, stage, state_hash, tensor_hash, versions,
                                write_json)
+from diffclip_da.store import NoSpace, packed_tensor
 
 
 # ---- files ------------------------------------------------------------------------------------------------------------------
@@ -35,7 +37,7 @@ def test_atomic_write_makes_folders_and_replaces(tmp_path):
     with atomic_write(tmp_path/'a'/'b.bin') as f: f.write(b'one')
     with atomic_write(tmp_path/'a'/'b.bin') as f:
         f.write(b'two')
-        assert f.name.endswith(f'b.bin.{os.getpid()}.tmp')
+        assert re.fullmatch(rf'b\.bin\.{os.getpid()}-[0-9a-f]{{8}}\.tmp', Path(f.name).name)   # no other process has this name
         assert (tmp_path/'a'/'b.bin').read_bytes() == b'one'   # the old one until the block has ended
     assert (tmp_path/'a'/'b.bin').read_bytes() == b'two'
     assert listing(tmp_path) == ['a', 'a/b.bin']
@@ -66,8 +68,9 @@ def test_atomic_write_full_disk_at_fsync(tmp_path, monkeypatch, no):
 
 
 @pytest.mark.skipif(not Path('/dev/full').exists(), reason='needs /dev/full')
-def test_atomic_write_full_disk_said_by_the_kernel(tmp_path):
-    (tmp_path/f'big.bin.{os.getpid()}.tmp').symlink_to('/dev/full')   # every write to it fails with ENOSPC
+def test_atomic_write_full_disk_said_by_the_kernel(tmp_path, monkeypatch):
+    monkeypatch.setattr(store.secrets, 'token_hex', lambda n: '0' * 2 * n)
+    (tmp_path/f'big.bin.{os.getpid()}-00000000.tmp').symlink_to('/dev/full')   # every write to it fails with ENOSPC
     with pytest.raises(UserError, match=r'cannot write .*big\.bin: no space left'):
         with atomic_write(tmp_path/'big.bin') as f: f.write(b'x' * 10)
     assert listing(tmp_path) == []
@@ -209,17 +212,167 @@ def test_shipped_files_match_their_cards(card):
 
 # ---- leftovers, web pages, weights files ------------------------------------------------------------------------------------
 
+class Held:
+    "Another process that writes `path`, as `atomic_write` does, until `end()`."
+    def __init__(self, path):
+        (told, tell), (self.wait, self.go) = os.pipe(), os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.go)
+            with atomic_write(path) as f:
+                os.write(tell, Path(f.name).name.encode())
+                os.read(self.wait, 1)
+            os._exit(0)
+        os.close(tell)
+        self.file = Path(path).with_name(os.read(told, 500).decode())
+    def end(self):
+        os.write(self.go, b'.')
+        os.close(self.go)
+        os.waitpid(self.pid, 0)
+
+
 def test_remove_leftovers_spares_the_living_and_what_others_wrote(tmp_path):
-    gone = subprocess.Popen([sys.executable, '-c', '']); gone.wait()
-    dead, own, alive, foreign = (f'a.png.{n}.tmp' for n in (gone.pid, os.getpid(), os.getppid(), 'x'))
-    for n in (dead, own, alive, foreign, 'keep.png'):
-        (tmp_path/'deep').mkdir(exist_ok=True)
-        (tmp_path/'deep'/n).write_text('')
-    (tmp_path/f'b.json.{gone.pid}.tmp').write_text('')
-    remove_leftovers(tmp_path, recursive=False)
-    assert listing(tmp_path) == sorted(['deep', *(f'deep/{n}' for n in (dead, own, alive, foreign, 'keep.png'))])
-    remove_leftovers([tmp_path/'nowhere', tmp_path])
-    assert listing(tmp_path) == sorted(['deep', *(f'deep/{n}' for n in (alive, foreign, 'keep.png'))])
+    (tmp_path/'deep').mkdir()
+    other = Held(tmp_path/'deep'/'a.png')
+    try:
+        # of the last edition, of this one, by a process that ended, of this process's own number in another container
+        left = [f'a.png.{n}.tmp' for n in (99999999, os.getpid(), '1-0123abcd', f'{os.getpid()}-0123abcd', f'{other.pid}-0123abcd')]
+        for n in (*left, 'a.png.x.tmp', 'keep.png'): (tmp_path/'deep'/n).write_text('')
+        (tmp_path/'b.json.99999999.tmp').write_text('')
+        remove_leftovers(tmp_path, recursive=False)
+        stays = [f'deep/{other.file.name}', 'deep/a.png.x.tmp', 'deep/keep.png']
+        assert listing(tmp_path) == sorted(['deep', *stays, *(f'deep/{n}' for n in left)])
+        remove_leftovers([tmp_path/'nowhere', tmp_path])
+        assert listing(tmp_path) == sorted(['deep', *stays])
+    finally: other.end()
+    assert listing(tmp_path) == ['deep', 'deep/a.png', 'deep/a.png.x.tmp', 'deep/keep.png']   # and it could end its work
+
+
+def test_two_containers_with_equal_process_numbers_never_share_a_temporary_file(tmp_path, monkeypatch):
+    other = Held(tmp_path/'x')
+    monkeypatch.setattr(os, 'getpid', lambda: other.pid)
+    with atomic_write(tmp_path/'x') as f:
+        assert Path(f.name) != other.file
+        f.write(b'ours')
+    remove_leftovers(tmp_path)
+    assert other.file.exists() and (tmp_path/'x').read_bytes() == b'ours'
+    other.end()
+
+
+def test_where_a_file_system_has_no_locks_the_process_number_decides(tmp_path, monkeypatch):
+    def none(*a): raise OSError(errno.ENOLCK, 'No locks available')
+    monkeypatch.setattr(store.fcntl, 'flock', none)
+    for n in (f'a.{os.getppid()}-00000000.tmp', 'a.99999999-00000000.tmp'): (tmp_path/n).write_text('')
+    with atomic_write(tmp_path/'x') as f: f.write(b'x')
+    remove_leftovers(tmp_path)
+    assert listing(tmp_path) == [f'a.{os.getppid()}-00000000.tmp', 'x']
+    monkeypatch.setattr(store, 'fcntl', None)   # Windows: what is open cannot be deleted, the rest is litter
+    with atomic_write(tmp_path/'x') as f: f.write(b'y')
+    remove_leftovers(tmp_path)
+    assert listing(tmp_path) == ['x']
+
+
+def test_a_name_of_255_bytes_is_written(tmp_path):
+    name = 'ä' * 125 + '.json'
+    write_json(tmp_path/name, 1)
+    assert read_json(tmp_path/name) == 1 and listing(tmp_path) == [name]
+    with pytest.raises(UserError, match='name is too long'): write_json(tmp_path/('x' * 300), 1)
+
+
+# ---- checksums --------------------------------------------------------------------------------------------------------------
+
+def flips(path, n=150):
+    "Copies of a file with one bit flipped each, spread over all of it."
+    whole = path.read_bytes()
+    for bit in np.unique(np.linspace(0, 8 * len(whole) - 1, n).astype(int)):
+        b = bytearray(whole)
+        b[bit // 8] ^= 1 << bit % 8
+        yield int(bit), bytes(b)
+
+
+def test_a_flipped_bit_in_a_record_is_seen(tmp_path):
+    said = dict(key='k', images=[dict(id='a/ä.png', label=1, x=.1), dict(id='b', label=None, x=float('nan'))])
+    store.write_record(tmp_path/'r.json', said)
+    same = store.read_record(tmp_path/'r.json')
+    assert same == jsonable_like(said)
+    seen = 0
+    for bit, b in flips(tmp_path/'r.json', 1000):
+        (tmp_path/'f.json').write_bytes(b)
+        try: got = store.read_record(tmp_path/'f.json')
+        except store.Damaged as e: assert 'f.json' in str(e); seen += 1; continue
+        assert {k: v for k, v in got.items() if k in said} == same, bit   # white space, or the name of the checksum itself
+    assert seen > 300
+    (tmp_path/'f.json').write_text('[1]')
+    with pytest.raises(store.Damaged): store.read_record(tmp_path/'f.json')
+    write_json(tmp_path/'f.json', said)
+    assert store.read_record(tmp_path/'f.json', unmarked=True) == same
+
+
+def jsonable_like(o): return json.loads(json.dumps(store.jsonable(o, nan=False)))
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_seen(tmp_path):
+    net = nn.Linear(8, 8)
+    opt = torch.optim.Adam(net.parameters()); net(torch.ones(1, 8)).sum().backward(); opt.step()
+    state = dict(net=net.state_dict(), opt=opt.state_dict(), generator=torch.Generator().get_state(), history=[dict(loss=.5, k=1)], step=3)
+    store.save_state(tmp_path/'c.pt', state)
+    want, seen = store.content_hash(state), 0
+    assert store.content_hash(store.load_state(tmp_path/'c.pt')) == want
+    for bit, b in flips(tmp_path/'c.pt', 1000):
+        (tmp_path/'f.pt').write_bytes(b)
+        try: got = store.load_state(tmp_path/'f.pt')
+        except store.Damaged as e: assert 'f.pt is not a readable checkpoint' in str(e); seen += 1; continue
+        # in a part that nobody reads, or in the name of the checksum
+        assert store.content_hash({k: got[k] for k in state}) == want, bit
+    assert seen > 200
+
+
+def test_a_flipped_bit_in_a_cached_tensor_makes_it_anew(tmp_path):
+    path, x, said = tmp_path/'x.safetensors', torch.arange(40.), []
+    cached_tensor(path, 'k', lambda: x)
+    whole, calls = path.read_bytes(), []
+    def make(): calls.append(1); return x
+    for bit, b in flips(path, 200):
+        path.write_bytes(b)
+        assert torch.equal(cached_tensor(path, 'k', make, said.append), x), bit
+        assert calls or b[-160:] == whole[-160:]
+    assert len(calls) > 120 and path.read_bytes() == whole and 'x.safetensors is damaged' in said[0] and 'made anew' in said[0]
+
+
+def test_content_hash_sees_types_names_and_order():
+    a = dict(w=torch.ones(2), n=[1, 2.], s='x')
+    others = [dict(a, n=[1., 2.]), dict(a, s='y'), dict(a, w=torch.ones(2, 1)), dict(a, w=torch.ones(2).double()), {**a, 'more': None}, dict(a, n=[[1], 2.])]
+    assert len({store.content_hash(o) for o in (a, *others)}) == 1 + len(others) and store.content_hash(a) == store.content_hash(dict(a, w=torch.ones(2), n=(1, 2.)))
+
+
+def test_torch_save_on_a_full_disk_is_said_in_words(tmp_path, monkeypatch):
+    if not Path('/dev/full').exists(): pytest.skip('needs /dev/full')
+    monkeypatch.setattr(store.secrets, 'token_hex', lambda n: '0' * 2 * n)
+    (tmp_path/f'c.pt.{os.getpid()}-00000000.tmp').symlink_to('/dev/full')
+    with pytest.raises(store.NoSpace, match=r'the training \(it writes about 3 MB in all\): cannot write .*c\.pt: no space left.*the same command goes on'):
+        with store.doing('the training', 3_000_000): store.save_state(tmp_path/'c.pt', dict(w=torch.zeros(100_000)))
+    assert listing(tmp_path) == []
+    with pytest.raises(UserError, match='^another$'):
+        with store.doing('x'): raise UserError('another')
+
+
+def test_memory_that_runs_out_is_no_damage(tmp_path, monkeypatch):
+    store.save_state(tmp_path/'c.pt', dict(w=torch.ones(2)))
+    def hungry(*a, **k): raise RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory")
+    monkeypatch.setattr(torch, 'load', hungry)
+    with pytest.raises(RuntimeError, match='DefaultCPUAllocator'): store.load_state(tmp_path/'c.pt')
+
+
+def test_pace_comes_early_and_then_once_a_minute(monkeypatch):
+    now = [0.]
+    monkeypatch.setattr(store.time, 'monotonic', lambda: now[0])
+    pace, due = store.Pace(), []
+    for second in range(0, 200):
+        now[0] = second
+        if pace.due(): due.append(second); pace.done()
+    assert due == [10, 70, 130, 190]
+    monkeypatch.setenv('DIFFCLIP_CHECKPOINT_SECONDS', '0')
+    assert store.Pace().due()
 
 
 @pytest.mark.parametrize('text, page', [(b'<!DOCTYPE html>', True), (b'\xef\xbb\xbf \n<HTML>', True), (b'<?xml version="1.0"?>', True), (b'PK\x03\x04', False), (b'', False)])
@@ -567,6 +720,50 @@ def test_claim_folder(tmp_path):
     assert read_json(path) == dict(key='a', inputs=dict(t0=1, config=dict(lr=.1)))
 
 
+def test_a_claim_that_is_damaged_is_written_anew_and_another_run_is_still_refused(tmp_path):
+    path, inputs = tmp_path/'job.json', dict(t0=1, config=dict(lr=.1), words=['a', 'b'])
+    key = canonical_hash(inputs)
+    claim_folder(path, key, inputs, 'out')
+    whole = path.read_bytes()
+    for bit, b in flips(path, 250):
+        path.write_bytes(b)
+        claim_folder(path, key, inputs, 'out')
+        assert read_json(path) == dict(key=key, inputs=inputs), bit
+        path.write_bytes(b)
+        other = dict(inputs, t0=2)
+        try: claim_folder(path, canonical_hash(other), other, 'out')
+        except UserError as e: assert 'another run' in str(e)
+        else: assert not is_json(b), bit   # nothing is left that could say whose it is
+    path.write_bytes(whole)
+    for odd in ('[1]', '{"inputs": 3}', '{"key": "x", "inputs": {"config": 1}}'):
+        path.write_text(odd)
+        if odd == '[1]': assert claim_folder(path, key, inputs, 'out') is None
+        else:
+            with pytest.raises(UserError, match='another run'): claim_folder(path, key, inputs, 'out')
+
+
+def is_json(b):
+    try: return isinstance(json.loads(b), dict)
+    except ValueError: return False
+
+
+def test_a_stage_whose_file_is_damaged_is_done_again(tmp_path):
+    def run(said):
+        with stage(tmp_path, 'classify', 'k', said.append) as s:
+            if not (s.folder/'h.json').exists(): write_json(s.folder/'h.json', dict(accuracy=.5))
+        return s.found
+    assert not run([]) and run([])
+    path = tmp_path/'classify-k'/'h.json'
+    path.write_text(path.read_text().replace('0.5', '0.7'))
+    said = []
+    assert not run(said) and 'h.json is damaged or gone' in said[0] and read_json(path) == dict(accuracy=.5) and run([])
+    mark = tmp_path/'classify-k'/'stage.json'
+    for bit, b in flips(mark, 25):
+        mark.write_bytes(b)
+        run([])
+        assert store.read_record(mark)['stage'] == 'classify' and run([]), bit
+
+
 def test_stage_is_done_once_and_a_killed_one_is_not_done(tmp_path):
     said = []
     with pytest.raises(KeyboardInterrupt):
@@ -582,3 +779,56 @@ def test_stage_is_done_once_and_a_killed_one_is_not_done(tmp_path):
     mark = read_json(s.folder/'stage.json')
     assert mark['stage'] == 'adapt test' and mark['device'] == 'cpu' and mark['versions'] == versions()
     assert [m.split(' ')[2] for m in said] == ['working,', 'working,', 'done', 'found']
+
+
+# ---- packed tensors ----------------------------------------------------------------------------------------------------------
+
+def packing(folder, n=10, key='k', **kw):
+    "A packed tensor of squares, and the blocks that had to be made for it."
+    made, said = [], []
+    def make(a, b): made.append((a, b)); return (torch.arange(a * 3, b * 3).view(-1, 3) ** 2 % 251).to(torch.uint8)
+    return packed_tensor(folder, key, (n, 3), make, block=4, say=said.append, **kw), made, said
+
+
+def test_packed_tensor_is_the_tensor(tmp_path):
+    x, made, _ = packing(tmp_path/'p')
+    whole = (torch.arange(30).view(10, 3) ** 2 % 251).to(torch.uint8)
+    assert made == [(0, 4), (4, 8), (8, 10)] and torch.equal(x[:], whole) and x.shape == whole.shape and x.dtype == torch.uint8 and len(x) == 10 and x.dim() == 2
+    for i in (3, -1, slice(2, 7), [0, 9, 0], torch.tensor([5, 1]), torch.tensor(4)): assert torch.equal(x[i], whole[i])
+    assert torch.equal(torch.cat(list(x.blocks(3))), whole) and tensor_hash(x) == tensor_hash(whole)
+    x[0].zero_()                                                            # a copy: the file stays
+    assert torch.equal(x[:], whole) and packing(tmp_path/'p')[1] == []
+    assert packing(tmp_path/'p', key='other')[1] == [(0, 4), (4, 8), (8, 10)] and packing(tmp_path/'p', n=11)[1][-1] == (8, 11)
+    assert packing(tmp_path/'empty', n=0)[0][:].shape == (0, 3)
+
+
+def test_a_killed_packing_goes_on_where_it_was(tmp_path):
+    def make(a, b):
+        if a == 8: raise KeyboardInterrupt
+        return (torch.arange(a * 3, b * 3).view(-1, 3) ** 2 % 251).to(torch.uint8)
+    with pytest.raises(KeyboardInterrupt): packed_tensor(tmp_path/'p', 'k', (10, 3), make, block=4)
+    x, made, said = packing(tmp_path/'p')
+    assert made == [(8, 10)] and said == [] and torch.equal(x[:], packing(tmp_path/'fresh')[0][:])
+    assert {f.name: f.read_bytes() for f in (tmp_path/'p').iterdir()} == {f.name: f.read_bytes() for f in (tmp_path/'fresh').iterdir()}
+
+
+@pytest.mark.parametrize('at', [0, 13, 29])
+def test_a_flipped_bit_in_a_packed_tensor_is_made_anew_and_named(tmp_path, at):
+    x, _, _ = packing(tmp_path/'p')
+    before, raw = x[:], bytearray(x.path.read_bytes())
+    raw[at] ^= 8; x.path.write_bytes(raw)
+    again, made, said = packing(tmp_path/'p')
+    block = at // 12 * 4
+    assert made == [(block, min(10, block + 4))] and f'rows {block} to {min(10, block + 4)} are damaged' in said[0] and torch.equal(again[:], before)
+
+
+@pytest.mark.parametrize('text', ['', '[]', '{"key": "k"}', '{"key": "k", "shape": [10, 3], "block": 4, "blocks": 7}'])
+def test_a_damaged_list_of_blocks_costs_work_and_nothing_else(tmp_path, text):
+    x, _, _ = packing(tmp_path/'p')
+    (tmp_path/'p/blocks.json').write_text(text)
+    again, made, _ = packing(tmp_path/'p')
+    assert len(made) == 3 and torch.equal(again[:], x[:])
+
+
+def test_packing_says_at_once_that_the_disk_is_too_small(tmp_path):
+    with pytest.raises(NoSpace, match=r'bytes\.u8 needs [\d,.]+ GB, and .* GB are free'): packed_tensor(tmp_path/'p', 'k', (10**12, 10**3), lambda a, b: 1 / 0)

@@ -10,11 +10,14 @@ import torch
 
 from diffclip_da.models import train
 from diffclip_da.core import UserError
+from diffclip_da.data import toy_faces
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.models.loop import NanLoss
-from diffclip_da.models.train import TrainConfig, main, train_diffusion
-from diffclip_da.models.unet import tiny_unet
+from diffclip_da.models.train import (TrainConfig, check_training_set, main, train_diffusion, training_batch, training_identity,
+                                      training_pictures)
+from diffclip_da.models.unet import small_unet, tiny_unet
 from diffclip_da.models.load import load_unet
+from diffclip_da.store import Packed
 
 SCHEDULE = linear_schedule()
 CFG = TrainConfig(n_images=32, batch_size=4, warmup=2, checkpoint_every=3) # 8 steps
@@ -167,3 +170,14 @@ def test_two_processes_take_the_steps_of_one(tmp_path):
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
     for p, out, err in launch(TWO, 2, tmp_path/'odd', 5): assert p.returncode != 0 and 'batch_size = 5 cannot be shared by 2 processes' in err
+
+
+def test_pictures_from_the_disk_train_like_pictures_in_memory(tmp_path):
+    images = toy_faces(tmp_path/'faces', 10, 0)
+    memory, disk = training_pictures(images, 16), training_pictures(images, 16, tmp_path/'pack')
+    assert isinstance(memory, torch.Tensor) and isinstance(disk, Packed) and torch.equal(disk[:], memory)
+    model, labels, cfg = small_unet(16, channels=(32, 32)), images.labels_of(), TrainConfig(batch_size=4)
+    assert training_identity(model, disk, labels) == training_identity(model, memory, labels)
+    check_training_set(model, disk, labels)
+    for one, other in zip(*(training_batch(x, labels, 2, cfg, linear_schedule(), torch.Generator().manual_seed(3)) for x in (memory, disk))): assert torch.equal(one, other)
+    with pytest.raises(UserError, match='images are 16x16, the model wants 32x32'): check_training_set(small_unet(32, channels=(32, 32)), disk, labels)

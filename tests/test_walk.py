@@ -42,7 +42,7 @@ def test_impossible_grids_are_refused(grid, t0, n, words):
 
 def test_a_walk_is_the_inversion_and_the_sampler_on_its_grid():
     model, x0 = GaussianDenoiser(.2, .4, S), torch.randn(3, 1, generator=new_generator(0), dtype=torch.float64)
-    walk = Walk(t0=500, n_inv=7, n_gen=4, inversion='average', n_iter=3)
+    walk = Walk(t0=500, n_inv=7, n_gen=4, grid='linear', inversion='average', n_iter=3)
     z = walk.invert(model, x0, S)
     assert torch.equal(z, invert(model, x0, step_pairs(500, 7), S, 'average', 3))
     assert torch.equal(walk.generate(model, z, S), sample(model, z, step_pairs(500, 4), S))
@@ -50,6 +50,32 @@ def test_a_walk_is_the_inversion_and_the_sampler_on_its_grid():
     want = sample(model, z, logsnr_pairs(500, 4, S), S, 1., new_generator(5))
     assert torch.equal(noisy.generate(model, z, S, new_generator(5)), want)
     assert walk.evaluations == (21, 4) and replace(walk, inversion='ddim').evaluations == (7, 4)
+
+
+def test_the_published_script_takes_the_photo_for_time_0():
+    "39 evaluations of 40: no step from the clean image to t = 0."
+    model, times = GaussianDenoiser(.2, .4, S), []
+    def counted(x, t): times.append(t); return model(x, t)
+    x0 = torch.randn(3, 1, generator=new_generator(0), dtype=torch.float64)
+    walk = Walk(t0=500, n_inv=40, n_gen=6, grid='linear', inversion='ddim')
+    script = replace(walk, photo_time=0)
+    z = script.invert(counted, x0, S)
+    assert len(times) == 39 == script.evaluations[0] and walk.evaluations[0] == 40 and times[0] == 0
+    assert torch.equal(z, invert(model, x0, step_pairs(500, 40)[:-1], S, 'ddim'))
+    assert 0 < (z - walk.invert(model, x0, S)).abs().max() < .02      # the noise of t = 0
+    assert torch.equal(script.generate(model, z, S), walk.generate(model, z, S))
+
+
+def test_no_grid_has_a_smaller_worst_contraction_bound():
+    "1 - exp(-step in log-SNR) bounds the fixed-point map for every Gaussian; equal steps make the worst one smallest."
+    lam = log_snr(S)
+    def worst(times): return max(1 - (lam[t] - lam[s]).exp().item() for t, s in zip(times, times[1:]))
+    g = new_generator(1)
+    for n in (4, 6):
+        ours = [t for t, _ in logsnr_pairs(400, n, S)] + [0]
+        for _ in range(200):
+            other = sorted({400, 0, *(torch.randperm(399, generator=g)[:n - 1] + 1).tolist()}, reverse=True)
+            assert worst(ours) <= worst(other) + .02
 
 
 def test_n_sets_both_numbers_and_replace_keeps_them():
@@ -61,6 +87,7 @@ def test_n_sets_both_numbers_and_replace_keeps_them():
 @pytest.mark.parametrize('change, words', [
     (dict(t0=0), 't0 = 0'), (dict(t0=1000), '1 and 999'), (dict(n_inv=0), 'n_inv = 0'), (dict(n_gen=401), 'lower n_gen'),
     (dict(grid='cubic'), 'linear or logsnr'), (dict(inversion='magic'), 'ddim or fixed_point'), (dict(sampler='dpm'), 'choose ddim'),
+    (dict(photo_time=1), '-1 .the clean image. or 0'), (dict(photo_time=0), "only grid = 'linear'"), (dict(photo_time=0, grid='linear', n_inv=1), '2 or more'),
     (dict(inverter='x'), 'pretrained or finetuned'), (dict(n_iter=0), 'n_iter = 0'), (dict(eta=2.), 'between 0 and 1')])
 def test_a_walk_that_cannot_be_gone_is_refused(change, words):
     with pytest.raises(UserError, match=words): Walk(**change).check(S)

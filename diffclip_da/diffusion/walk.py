@@ -43,18 +43,19 @@ GRIDS = dict(linear=linear_pairs, logsnr=logsnr_pairs)
 class Walk:
     """The path of an image to its latent and back.
 
-    Example: `Walk(t0=400, n=6).invert(unet, x0, schedule)` -> latents,
+    Example: `Walk(t0=400, n=4).invert(unet, x0, schedule)` -> latents,
     `.generate(unet, latents, schedule)` -> images."""
     t0: int = 400                # return step: how far images are noised; higher changes more
-    n_inv: int = 6               # steps of the inversion
-    n_gen: int = 6               # steps of the generation
-    grid: str = 'linear'         # where the steps are: linear (even in t) or logsnr (even in log-SNR)
-    inversion: str = 'anderson'  # method of the inversion: ddim, fixed_point, average or anderson
-    n_iter: int = 2              # its network evaluations per step; plain ddim spends one
+    n_inv: int = 4               # steps of the inversion
+    n_gen: int = 4               # steps of the generation
+    grid: str = 'logsnr'         # where the steps are: logsnr (even in log-SNR) or linear (even in t)
+    inversion: str = 'fixed_point' # method of the inversion: ddim, fixed_point, average or anderson
+    n_iter: int = 1              # its network evaluations per step; plain ddim spends one
     sampler: str = 'ddim'        # of the generation
     eta: float = 0.              # fresh noise in the generation: 0 none, 1 as much as DDPM
     noise_seed: int = 0          # of that noise
     inverter: str = 'pretrained' # network that inverts; finetuned is what the paper's script did
+    photo_time: int = -1         # time that the photo is taken for; 0 (not clean) as DiffusionCLIP's script
     n: InitVar[int | None] = None # n_inv and n_gen at once
 
     def __post_init__(self, n):
@@ -77,6 +78,11 @@ class Walk:
                 raise UserError(f'{name} = {v!r}: choose {" or ".join(known)}')
         if self.n_iter < 1: raise UserError(f'n_iter = {self.n_iter}: give at least one evaluation per step')
         if not 0 <= self.eta <= 1: raise UserError(f'eta = {self.eta}: must lie between 0 and 1')
+        if self.photo_time not in (-1, 0):
+            raise UserError(f'photo_time = {self.photo_time}: choose -1 (the clean image) or 0')
+        if self.photo_time == 0 and (self.grid != 'linear' or self.n_inv < 2):
+            raise UserError("photo_time = 0 leaves out the step from the clean image to t = 0, which "
+                            "only grid = 'linear' with n_inv of 2 or more has")
         return self
 
     def pairs(self, n: int, schedule: Schedule) -> list: # [(t, t_prev), ...]
@@ -85,11 +91,13 @@ class Walk:
 
     @property
     def evaluations(self) -> tuple: # network evaluations per image: (inversion, generation)
-        return evaluations(self.inversion, self.n_inv, self.n_iter), self.n_gen
+        n = self.n_inv - (self.photo_time == 0)
+        return evaluations(self.inversion, n, self.n_iter), self.n_gen
 
     def invert(self, eps_model, x0, schedule: Schedule, progress=False, **cond): # [b, c, h, w] -> latents
         "Images to latents at t0, without gradients; `cond` as in `sample`."
         pairs = self.pairs(self.n_inv, schedule)
+        if self.photo_time == 0: pairs = pairs[:-1]
         return invert(eps_model, x0, pairs, schedule, self.inversion, self.n_iter, progress, **cond)
 
     def generate(self, eps_model, x_t, schedule: Schedule, generator=None, # latents; needed where eta > 0

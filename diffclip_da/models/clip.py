@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'PREPROCESS', 'TINY', 'CLIP_FILES', 'fill', 'check_prompts', 'Clip', 'fit_image', 'new_clip', 'tiny_clip',
-           'ClipEnsemble', 'read_clip', 'named_clip', 'class_features', 'zero_shot']
+           'ClipEnsemble', 'read_clip', 'check_clip', 'named_clip', 'class_features', 'zero_shot']
 
 # %% ../../nbs/09_clip.ipynb #f8a40827
 import logging, warnings
@@ -15,7 +15,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import UserError
-from ..store import check_sha256, read_json, sha256_file, state_hash
+from ..store import (check_sha256, check_weights, read_json, read_tensors, sha256_file,
+                               state_hash)
 
 # %% ../../nbs/09_clip.ipynb #3407a764
 TEMPLATES = tuple(f'{lead} {{}}{tail}' for lead, tail in [
@@ -176,15 +177,22 @@ def read_clip(folder, name:str='', # for `info`; '': the folder's
     hashes = read_json(folder/'card.json').get('files', {}) if (folder/'card.json').exists() else {}
     if sha := hashes.get(weights.name):
         check_sha256(weights, sha)
+    content = read_tensors(weights)   # in words of our own, where the file is damaged or no weights
     with _quiet():
         try: model = open_clip.create_model(f'local-dir:{folder}')
         except Exception as e:
             raise UserError(f'{weights} does not fit {folder/"open_clip_config.json"}: '
                             f'{str(e)[:300]}') from None
+        check_clip(model, content, weights)
         return Clip(model, open_clip.get_tokenizer(f'local-dir:{folder}'),
                     dict(name=name, sha256=sha256_file(weights), provenance=provenance))
 
 # %% ../../nbs/09_clip.ipynb #0e6eb0ea
+def check_clip(model, content, path):
+    "`UserError` where a file's weights, or what was made of them, are no usable numbers."
+    state = content.get('state_dict', content) if isinstance(content, dict) else {}
+    for s in (state, model.state_dict()): check_weights(s, path, model.state_dict())
+
 def named_clip(name:str, # of an architecture that open_clip knows, or 'hf-hub:owner/name'
                pretrained:str|None=None, # a tag, a file or 'random'; None: OpenAI's where there are such
               ) -> Clip:
@@ -196,6 +204,7 @@ def named_clip(name:str, # of an architecture that open_clip knows, or 'hf-hub:o
     if not (hub or pretrained == 'random' or is_file or pretrained in tags):
         raise UserError(f'{name} has no weights {pretrained!r}: no such file, and its tags are '
                         f'{", ".join(tags) or "none"}')
+    content = read_tensors(pretrained) if is_file else {}
     quick = bool((open_clip.get_pretrained_cfg(name, pretrained)
                   or {}).get('quick_gelu')) if pretrained in tags else False
     with _quiet():
@@ -213,6 +222,7 @@ def named_clip(name:str, # of an architecture that open_clip knows, or 'hf-hub:o
                             "another machine and give the file as pretrained=..., or use "
                             "load_guide('shipped')") from None
         tokenizer = open_clip.get_tokenizer(name)
+    if is_file: check_clip(model, content, pretrained)
     info = dict(name=f'{name}/{Path(pretrained).name}' if pretrained else name,
                 sha256=state_hash(model),
                 provenance='random' if pretrained == 'random' else 'published')

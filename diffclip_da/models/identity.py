@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import UserError, progress
-from ..store import read_tensors, sha256_file
+from ..store import check_weights, read_tensors, sha256_file
 
 # %% ../../nbs/11_identity.ipynb #6f64a733
 class Embedder(nn.Module):
@@ -79,7 +79,7 @@ def conv_bn(n_in, n_out, k=3, stride=1, groups=1, padding=None):
 
 # %% ../../nbs/11_identity.ipynb #f12f85b3
 class ResBlock(nn.Module):
-    "Two convolutions with a way around them."
+    "Two convolutions with a shortcut around them."
     def __init__(self, n_in, n_out, stride=1):
         super().__init__()
         self.conv1, self.conv2 = conv_bn(n_in, n_out, stride=stride), conv_bn(n_out, n_out)
@@ -123,6 +123,7 @@ def fit_state(net,         # module
                                  ('of wrong shape', shape)) if v]
         raise UserError(f'{path} does not hold the weights of {what}: {"; ".join(parts)}. Give a '
                         'file of that network')
+    check_weights(state, path, want)
     net.load_state_dict(state, strict=False)
     return net
 

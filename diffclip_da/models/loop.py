@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rate_factor', 'set_rate', 'moving_average', 'fast_bfloat16', 'fast_dtype', 'bfloat16_or_not', 'NanLoss',
-           'TrainingLoop', 'as_numbers']
+           'TrainingLoop', 'size_of', 'as_numbers']
 
 # %% ../../nbs/07d_loop.ipynb #2c81b0b2
 import math
@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from ..core import UserError, processes, progress
-from ..store import atomic_write, jsonable
+from ..store import Damaged, Pace, doing, jsonable, load_state, remove_leftovers, save_state
 
 # %% ../../nbs/07d_loop.ipynb #830f11fa
 def rate_factor(step: int,       # from 0
@@ -87,52 +87,56 @@ class TrainingLoop:
     def run(self,
             step: Callable,    # number -> loss, a scalar or a dict with one as 'loss'; updates the parts
             n_steps: int,      # in all, those before an interruption counted
-            every: int = 100,  # steps between two checkpoints
+            every: int | None = None, # steps between two checkpoints; None: by the clock, see `Pace`
             desc='training',   # for the bar
             log: Callable | None = None, # called with this object after each checkpoint
            ) -> list:          # what each step returned, as numbers
         """Take the steps that are left.
 
-        `NanLoss` where the loss is not finite; the checkpoint before is kept."""
-        new, tic = [], time.monotonic() - self.seconds
+        `NanLoss` where the loss is not finite or has grown tenfold; the checkpoint before is kept."""
+        new, tic, pace = [], time.monotonic() - self.seconds, Pace()
+        rank, _, wait = processes()
         for k in progress(range(self.step, n_steps), desc):
             new.append(step(k)); self.step = k + 1
-            if self.step % every and self.step < n_steps: continue
+            due = self.step % every == 0 if every else pace.due()
+            if not due and self.step < n_steps: continue
             # only here: asking a GPU for a number makes it wait
             self.history += [as_numbers(v) for v in new]; new.clear()
-            self.check_finite()
+            self.check_sane()
             self.seconds = time.monotonic() - tic
-            self.save()
+            if rank == 0: self.save()
             if log: log(self)
+            pace.done()
+        if rank == 0: remove_leftovers(self.path.parent, recursive=False)
+        wait()
         return self.history
 
-    def check_finite(self):
-        "`NanLoss` with the first step that went wrong."
-        for k, v in enumerate(self.history):
-            loss = v['loss'] if isinstance(v, dict) else v
+    def check_sane(self):
+        "`NanLoss` with the first step that went wrong, or with how the loss has grown."
+        losses = [v['loss'] if isinstance(v, dict) else v for v in self.history]
+        lower = (f"lower lr (now {self.settings.get('lr')}) and run again in a new folder, or go on "
+                 f'from {self.path}, which, if there, is still good')
+        for k, loss in enumerate(losses):
             if not math.isfinite(loss):
-                raise NanLoss(f"the loss was {loss} at step {k + 1}: lower lr (now "
-                              f"{self.settings.get('lr')}) "
-                              f'and run again; {self.path}, if there, is still good')
+                raise NanLoss(f'the loss was {loss} at step {k + 1}: {lower}')
+        first, last = (sum(part) / len(part) for part in (losses[:10], losses[-10:]))
+        if len(losses) >= 20 and last > 10 * first > 0:
+            raise NanLoss(f'the training diverged: the loss was {first:.3g} in the first ten steps, '
+                          f'and {last:.3g} in those before step {len(losses)}; {lower}')
 
     def save(self):
-        "Write the checkpoint; among several processes the first one does."
-        rank, _, wait = processes()
-        if rank == 0:
-            state = {k: v.state_dict() for k, v in self.parts.items()}
-            if self.generator: state['generator'] = self.generator.get_state()
-            with atomic_write(self.path) as f:
-                torch.save(dict(state, step=self.step, history=self.history, seconds=self.seconds,
-                                settings=self.settings), f)
-        wait()
+        "Write the checkpoint."
+        state = {k: v.state_dict() for k, v in self.parts.items()}
+        if self.generator: state['generator'] = self.generator.get_state()
+        state.update(step=self.step, history=self.history, seconds=self.seconds,
+                     settings=self.settings)
+        with doing('the training', 2 * size_of(state)):   # the new one beside the old one
+            save_state(self.path, state)
 
     def load(self):
         "Go on from the checkpoint; `UserError` if it is unreadable or of another training."
-        try: there = torch.load(self.path, weights_only=True, map_location='cpu')
-        except Exception as e:
-            raise UserError(f'{self.path} is not a readable checkpoint ({type(e).__name__}): '
-                            'delete it to start over') from e
-        theirs = there.get('settings', {}) if isinstance(there, dict) else {}
+        there = load_state(self.path)
+        theirs = there.get('settings', {})
         names = [k for k in {**self.settings, **theirs} if k not in self.free
                  and theirs.get(k) != self.settings.get(k)]
         if names:
@@ -141,9 +145,19 @@ class TrainingLoop:
             raise UserError(f'{self.path} was trained with other settings ({", ".join(names)}): '
                             f'{was}; '
                             'give the same ones, or another output folder')
-        for k, v in self.parts.items(): v.load_state_dict(there[k])
-        if self.generator: self.generator.set_state(there['generator'])
-        self.step, self.history, self.seconds = there['step'], there['history'], there['seconds']
+        try:
+            for k, v in self.parts.items(): v.load_state_dict(there[k])
+            if self.generator: self.generator.set_state(there['generator'])
+            self.step, self.history, self.seconds = there['step'], there['history'], there['seconds']
+        except (KeyError, RuntimeError, ValueError) as e:
+            raise Damaged(f'{self.path} is not a readable checkpoint of this training '
+                          f'({str(e).splitlines()[0][:120]}): delete it to start over') from e
+
+def size_of(state) -> int: # a checkpoint's content: dicts, lists, tensors, plain values
+    "Bytes of all tensors in it."
+    if isinstance(state, torch.Tensor): return state.numel() * state.element_size()
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, (list, tuple)) else ()
+    return sum(map(size_of, parts))
 
 def as_numbers(v): # a scalar, or a dict of scalars; tensors or not
     "The same as Python's numbers."

@@ -15,16 +15,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import (UserError, command, friendly_exit, local_device, processes, progress,
-                              to_uint8)
-from ..data import ImageSet, celeba, image_folder
+from ..core import UserError, command, friendly_exit, local_device, processes
+from ..data import ImageSet, celeba, few, image_folder
 from ..diffusion.reverse import diffusion_loss, p2_weight
 from ..diffusion.schedule import Schedule, linear_schedule
 from .load import load_unet
 from .loop import (TrainingLoop, bfloat16_or_not, moving_average, rate_factor,
                                      set_rate)
 from .unet import EpsUNet, save_unet, small_unet
-from ..store import canonical_hash, tensor_hash
+from ..store import canonical_hash, check_room, doing, remove_leftovers, tensor_hash
 
 # %% ../../nbs/08_train.ipynb #c2d4a0be
 @dataclass(frozen=True)
@@ -41,11 +40,26 @@ class TrainConfig:
     of_v: bool = False          # weigh errors of v, not of eps: 1 / alpha_bar times as much
     label_dropout: float = 0.5  # share of labels replaced by "none"
     seed: int = 0               # of the weights, where they begin at random, and of the batches
-    checkpoint_every: int = 100 # steps
+    checkpoint_every: int | None = None # steps; by default a clock decides: once a minute at most
     bf16: bool = False          # compute in bfloat16, where the processor or GPU has it
 
     @property
     def n_steps(self) -> int: return math.ceil(self.n_images / self.batch_size)
+
+    def check(self) -> 'TrainConfig':
+        "`self`, or `UserError` naming the field and the fix."
+        def need(ok, name, rule):
+            if not ok: raise UserError(f'{name} = {getattr(self, name)}: {rule}')
+        for name in ('n_images', 'batch_size', 'warmup', 'checkpoint_every'):
+            v = getattr(self, name)
+            need(v is None or v >= 1, name, 'must be 1 or more')
+        need(0 < self.lr <= 1, 'lr', 'must be above 0 and at most 1')
+        need(0 <= self.seed < 2**63, 'seed', 'must lie between 0 and 2^63 - 1')
+        for name in ('decay', 'ema', 'label_dropout'):
+            need(0 <= getattr(self, name) <= 1, name, 'must lie between 0 and 1')
+        for name in ('p2_k', 'p2_gamma'):
+            need(0 <= getattr(self, name) < math.inf, name, 'must be 0 or more')
+        return self
 
     def weight(self, t, schedule): # of the squared error of eps at t
         w = p2_weight(t, schedule, self.p2_k, self.p2_gamma)
@@ -105,7 +119,7 @@ def train_step(state: TrainState, images, labels, schedule: Schedule, step: int)
 
 # %% ../../nbs/08_train.ipynb #650b7fd4
 def train_diffusion(model: EpsUNet,       # trained in place
-                    images,               # [n, c, h, w] uint8, the model's size
+                    images,               # [n, c, h, w] uint8, the model's size; tensor or `Packed`
                     labels,               # [n] int64 in 0..n_classes-1; None for an unconditional model
                     schedule: Schedule, cfg: TrainConfig,
                     out,                  # folder: checkpoint.pt, continued when there
@@ -115,6 +129,7 @@ def train_diffusion(model: EpsUNet,       # trained in place
     """Train from where `out` left off to `cfg.n_images`.
 
     A checkpoint of other pictures or settings is refused."""
+    cfg.check()
     check_training_set(model, images, labels)
     world = processes()[1]
     if cfg.batch_size % world:
@@ -122,7 +137,8 @@ def train_diffusion(model: EpsUNet,       # trained in place
                         f'give a multiple of {world}')
     state = TrainState(model, cfg, device)
     settings = dict(asdict(cfg), start=start, **training_identity(model, images, labels))
-    training = TrainingLoop(Path(out) / 'checkpoint.pt', state.parts, settings, ('n_images', 'bf16'),
+    training = TrainingLoop(Path(out) / 'checkpoint.pt', state.parts, settings,
+                        ('n_images', 'bf16', 'checkpoint_every'),
                         state.generator)
     history = training.run(lambda k: train_step(state, images, labels, schedule, k), cfg.n_steps,
                            cfg.checkpoint_every, f'training, {cfg.batch_size} images a step')
@@ -173,11 +189,16 @@ class Options:
     device: str|None = None # cpu, cuda, mps; the best one by default
     config: TrainConfig = field(default_factory=TrainConfig)
 
-def training_pictures(images: ImageSet, size: int) -> torch.Tensor: # [n, 3, size, size] uint8
-    "A whole set in memory, a byte a value"
-    parts = [to_uint8(x)
-             for _, x in progress(images.batches(size, 256), 'reading', -(-len(images) // 256))]
-    return torch.cat(parts) if parts else torch.zeros(0, 3, size, size, dtype=torch.uint8)
+def training_pictures(images: ImageSet, size: int,
+                      cache=None, # a folder: packed there, and read from the disk batch by batch
+                     ): # [n, 3, size, size] uint8, a `Packed` or, without a cache, a tensor
+    "A whole set, a byte a value. Among several processes the first one packs it."
+    if cache is None: return images.pixels(size=size)
+    rank, _, wait = processes()
+    if rank: wait()
+    packed = images.packed(size, cache)
+    if not rank: wait()
+    return packed
 
 def initial_unet(options: Options, n_classes: int) -> EpsUNet:
     "The network before its first step: at random, or a copy of another one that fits."
@@ -204,18 +225,25 @@ def main(argv=None) -> int:
     o = command(Options, argv, 'python -m diffclip_da.models.train')
     if bool(o.celeba) == bool(o.images):
         raise UserError('give exactly one of --celeba and --images')
-    device, cfg = local_device(o.device), o.config
+    check_room(o.out)
+    device, cfg = local_device(o.device), o.config.check()
     cfg = replace(cfg, bf16=bfloat16_or_not(cfg.bf16, device))
     if o.v:
         cfg = replace(cfg, of_v=True,
                       p2_gamma=.5 if cfg.p2_gamma == TrainConfig.p2_gamma else cfg.p2_gamma)
     source = celeba(o.celeba, 'train') if o.celeba else image_folder(o.images, o.labels or None)
     labels = source.labels_of() if o.celeba or o.labels else None
+    if source.left_out: print(f'left out: {len(source.left_out):,} ({few(source.left_out)})')
     model = initial_unet(o, len(source.classes) if labels is not None else 0)
-    model, _ = train_diffusion(model, training_pictures(source, o.image_size), labels,
-                               linear_schedule(), cfg, o.out, device, o.init)
+    need = 3 * o.image_size**2 * len(source)   # a byte a value
+    with doing('reading the pictures', need):
+        pictures = training_pictures(source, o.image_size, Path(o.out) / 'pictures')
+    model, _ = train_diffusion(model, pictures, labels, linear_schedule(), cfg, o.out, device,
+                               o.init)
     if processes()[0]: return 0
-    save_unet(model, Path(o.out) / 'model', torch.float16)
+    with doing('the trained network', 2 * sum(p.numel() for p in model.parameters())):
+        save_unet(model, Path(o.out) / 'model', torch.float16)
+    remove_leftovers(o.out)   # of killed processes
     print(f'wrote {Path(o.out) / "model"}')
     return 0
 

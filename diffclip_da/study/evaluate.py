@@ -248,7 +248,7 @@ def compare_methods(ev:Evaluation, methods=tuple(METHODS), reference:str='source
         others = {reference, same_budget(m, reference)} & set(methods) - {m}
         for k, (_, y) in ev.tests.items():
             rows = pd.DataFrame([score(y, a[k]) for a in p[m]])
-            for c in MEASURES: summary[f'{m}/{k}/{c}'] = over_seeds(rows[c])
+            for c in MEASURES: summary[f'{m}/{k}/{c}'] = over_seeds(rows[c], share=True)
             summary[f'{m}/{k}/accuracy']['ci95_images'] = image_interval(rows.accuracy.mean(), len(y))
             for r in sorted(others):
                 d = paired_bootstrap(y, *([a[k] for a in p[q]] for q in (m, r)))

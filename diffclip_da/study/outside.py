@@ -70,7 +70,7 @@ class Sheet:
     def add(self, key:str, ev:Evaluation, method:str, test:str, /, **labels): # key: of the summary
         "A method's balanced accuracy on a test set."
         values = seeds_of(ev, method, test)
-        self.summary[f'{key}/balanced_accuracy'] = over_seeds(values)
+        self.summary[f'{key}/balanced_accuracy'] = over_seeds(values, share=True)
         self.rows += [dict(labels, seed=s, balanced_accuracy=v)
                       for s, v in zip(ev.exp.profile.seeds, values)]
 
@@ -90,7 +90,7 @@ def figure23(ev:Evaluation, prompt:str='charcoal drawing', # another target's wo
     rows = pd.concat(rows, ignore_index=True)
     rows = rows[rows.split.isin(tests)]
     last = rows[rows.epoch == rows.epoch.max()].groupby(['trained_on', 'split'], sort=False)
-    summary = {f'{m}/{k}/{c}': over_seeds(g[c]) for (m, k), g in last for c in MEASURES}
+    summary = {f'{m}/{k}/{c}': over_seeds(g[c], share=True) for (m, k), g in last for c in MEASURES}
     means = {k: x.mean(0) for k, (x, _) in tests.items()}
     numbers = dict(mean_brightness={k: float((v.mean() + 1) / 2) for k, v in means.items()})
     return finish_figure(ev, 'figure23', plot_targets(rows, means), numbers, summary, rows)
@@ -155,7 +155,7 @@ def figure26(ev:Evaluation, prompts:str='' # separated by semicolons; '': `PROMP
     prompts = [q.strip() for q in prompts.split(';') if q.strip()] or list(PROMPTS)
     clip, sheet, strip, base = ev.exp.models[1], Sheet(), [], lean(ev)
     with torch.no_grad(): close = (clip.encode_text(prompts) @ clip.encode_text(['sketch'])[0]).tolist()
-    plain = over_seeds(seeds_of(base, 'source_only', ev.name))
+    plain = over_seeds(seeds_of(base, 'source_only', ev.name), share=True)
     sheet.summary[f'source_only/{ev.name}/balanced_accuracy'] = plain
     for prompt, similarity in zip(prompts, close):
         e = lean(ev, target=prompt)

@@ -29,9 +29,13 @@ def t_interval(values, confidence:float=.95
     return dict(mean=mean, ci95=[float(c) for c in ci], n_seeds=n)
 
 # %% ../../nbs/15a_stats.ipynb #8df8c321
-def over_seeds(values, of:str='training') -> dict: # one number for each run; what the seeds were of
+def over_seeds(values, of:str='training', # one number for each run; what the seeds were of
+               share:bool=False,          # a share (accuracy, AUROC): the interval ends at 0 and 1
+              ) -> dict:
     "A summary entry: mean, Student's interval over seeds, and the values."
-    return dict(t_interval(values), values=[float(v) for v in values],
+    s = t_interval(values)
+    if share and s['ci95']: s['ci95'] = [float(c) for c in np.clip(s['ci95'], 0, 1)]
+    return dict(s, values=[float(v) for v in values],
                 interval=f'Student, 95 %, over the seeds of the {of}')
 
 # %% ../../nbs/15a_stats.ipynb #2b5e90ce
@@ -94,7 +98,7 @@ def summarise(history:pd.DataFrame, # columns seed, epoch, split and `MEASURES`
             for split, r in at_epoch(h, epoch).iterrows():
                 rows += [(f'{split}_{m}{when}', r[m]) for m in MEASURES]
     table = pd.DataFrame(rows, columns=['metric', 'value'])
-    summary = {k: over_seeds(g, 'classifier') for k, g in table.groupby('metric', sort=False).value}
+    summary = {k: over_seeds(g, 'classifier', share=True) for k, g in table.groupby('metric', sort=False).value}
     for k, s in summary.items():
         split = k.rsplit('_accuracy', 1)[0]
         if split in n_images: s['ci95_images'] = image_interval(s['mean'], n_images[split])

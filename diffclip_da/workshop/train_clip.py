@@ -442,7 +442,6 @@ def pool_hash(pool:Pool) -> str: # of labels, styles and a sample of the picture
     return canonical_hash([pool.name,
                            *(sha256_bytes(np.ascontiguousarray(a).tobytes()) for a in arrays)])
 
-# %% ../../nbs/17_train_clip.ipynb #a558f097
 def train_clip(pool:Pool, cfg:ClipConfig, out, # a folder for the checkpoint
                config=SMALL, every=100, log=print): # steps between checkpoints
     """Train; after an interruption the same call goes on from the last checkpoint.
