@@ -85,7 +85,7 @@ def rows_for(n, folder, floats_up_to):
     rows = [result(f'data_{n}_pack_seconds', pack['made'], whole.get('made'), 'seconds', f'once for a data set: hashing, decoding, writing, {pack["made"] / n * 1e3:.1f} ms a picture; {about}'),
             result(f'data_{n}_found_seconds', again['made'], whole.get('made'), 'seconds', 'each later start: every file hashed, every block checked'),
             result(f'data_{n}_peak_mb', max(pack['after'], again['after']), whole.get('after'), 'MB', f'growth of the whole process until the end, with the batches; {about}'),
-            result(f'data_{n}_batch_ms', again['batch'] * 1e3, whole and whole['batch'] * 1e3, 'ms', '32 random pictures, uint8 from the disk; the other float32 from memory')]
+            result(f'data_{n}_batch_ms', again['batch'] * 1e3, whole['batch'] * 1e3 if whole else None, 'ms', '32 random pictures, uint8 from the disk; the other float32 from memory')]
     path.unlink()
     for p in (packed, packed.with_name('blocks.json')): p.unlink()
     packed.parent.rmdir()

@@ -241,7 +241,7 @@ def set_style():
 class Plan:
     """What is left of a command whose steps, and seconds elsewhere, are known.
 
-    Example: `p = Plan(dict(tune=60, draw=40)); p.begin('tune'); p.left(.5)` -> seconds, or None"""
+    Example: `p = Plan(dict(tune=60, draw=40)); p.begin('tune'); p.left(30.)` -> seconds, or None"""
     def __init__(self, steps: dict): # name -> seconds that it took where it was recorded
         self.steps, self.now, self.tic = dict(steps), None, 0.
         self.took = self.planned = 0.   # of finished steps: seconds here, and there
@@ -254,14 +254,14 @@ class Plan:
             self.took += time.monotonic() - self.tic; self.planned += there
         self.now = None
 
-    def left(self, part: float) -> float | None: # of the present step that is done, 0 to 1
+    def left(self, rest: float = 0.) -> float | None: # seconds left of what is under way
         "Seconds until all steps are done, by the speed so far; None where nothing is known."
         if not self.steps: return None
         there = self.steps.get(self.now, 0.)
-        took, planned = self.took, self.planned + part * there
-        if self.now in self.steps: took += time.monotonic() - self.tic
-        pace = took / planned if planned > .02 * sum(self.steps.values()) else 1.
-        return pace * (sum(self.steps.values()) - part * there)
+        took, planned = self.took, self.planned + there
+        if there: took += time.monotonic() - self.tic + rest
+        pace = took / planned if planned else 1.
+        return rest + pace * (sum(self.steps.values()) - there)
 
 @functools.lru_cache(1)
 def whole_plan() -> Plan:
@@ -279,13 +279,12 @@ class LineBar(plain_tqdm):
         if msg == '' or self.n in (0, getattr(self, 'shown', 0)): return True
         self.shown = self.n
         rate = (self.n - self.initial) / max(1e-9, self._time() - self.start_t)
-        said, part = f'{self.n}', 0.
+        said, rest = f'{self.n}', 0.
         if self.total:
-            part = self.n / self.total
-            said = f'{part:4.0%} {self.n}/{self.total}'
-            if rate: said += f', {self.format_interval((self.total - self.n) / rate)} left'
-        rest = whole_plan().left(part) if part else None
-        if rest is not None: said += f'; everything: about {self.format_interval(rest)} left'
+            rest = (self.total - self.n) / max(1e-9, rate)
+            said = f'{self.n / self.total:4.0%} {self.n}/{self.total}, {self.format_interval(rest)} left'
+        everything = whole_plan().left(rest)
+        if everything is not None: said += f'; everything: about {self.format_interval(everything)} left'
         desc = self.desc.removesuffix(': ') or 'at work'
         print(f'{desc}: {said}', file=self.fp, flush=True)
         return True

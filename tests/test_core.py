@@ -194,19 +194,21 @@ def test_progress_in_a_log_is_whole_lines_with_the_time_left(monkeypatch):
 
 def test_the_time_left_of_a_whole_command(monkeypatch, tmp_path):
     plan = Plan(dict(tune=60., draw=40.))
-    assert plan.left(0.) == 100.                        # nothing known of this machine: as recorded
-    plan.begin('tune'); plan.tic -= 30                  # a quarter took 30 s instead of 15
-    assert plan.left(.25) == pytest.approx(2 * 85, rel=.01)
+    assert plan.left() == 100.                          # nothing known of this machine: as recorded
+    plan.begin('tune'); plan.tic -= 30                  # 30 s ago, and its bar says that 90 are left
+    assert plan.left(90.) == pytest.approx(90 + 2 * 40, rel=.01)
     plan.end('tune'); plan.took = 120.
-    assert plan.left(0.) == pytest.approx(80)           # drawing, on a machine half as fast
+    assert plan.left() == pytest.approx(80)             # drawing, on a machine half as fast
     plan.begin('draw'); plan.end('draw', found=True)
-    assert plan.left(0.) is None
+    assert plan.left() is None
+    odd = Plan(dict(tune=60.)); odd.begin('unknown')
+    assert odd.left(10.) == 70.                         # a step that no record knows
     record = tmp_path/'figure2.json'; record.write_text('{"seconds": {"finetune": 10, "odd": "x"}}')
     monkeypatch.setenv('DIFFCLIP_WHOLE', os.pathsep.join([str(record), str(tmp_path/'missing.json')]))
     whole_plan.cache_clear()
     assert whole_plan().steps == dict(finetune=10)
     monkeypatch.delenv('DIFFCLIP_WHOLE'); whole_plan.cache_clear()
-    assert whole_plan().left(.5) is None
+    assert whole_plan().left() is None
 
 
 def test_side_by_side_keeps_the_order_and_passes_errors_on():

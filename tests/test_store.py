@@ -521,9 +521,9 @@ for m, n in package.nodes:
     used = package.closure([(m, n)])
     found[f'{m[12:]}.{n}'] = store.canonical_hash(sorted((k[1], t) for k, ts in used.items() for t in ts))
     if ('diffclip_da.diffusion.ddim', 'ddim_step') in used: reach.append(f'{m[12:]}.{n}')
-for o in (ddim.ddim_step, ddim.invert, ddim.sample, ddim.step_pairs, finetune.finetune, finetune.check_finite):
+for o in (ddim.ddim_step, ddim.invert, ddim.sample, ddim.step_pairs, finetune.finetune, finetune.check_sane):
     found[f'object {o.__name__}'] = store.code_hash(o)
-    if o.__name__ not in ('step_pairs', 'check_finite'): reach.append(f'object {o.__name__}')
+    if o.__name__ not in ('step_pairs', 'check_sane'): reach.append(f'object {o.__name__}')
 print(json.dumps([found, reach]))
 '''
 

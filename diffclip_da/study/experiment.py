@@ -254,12 +254,13 @@ def lattice(before, after, draws: int = 200) -> dict: # [n, 3, h, w], as many of
     def measured(i):
         mean = b[i].mean(0)
         old, new = peaks(a[i].mean(0), 4), peaks(mean, 4)
-        return {f'lattice_{k}': v for k, v in peaks(mean).items()} | {f'lattice4_{k}': new[k] / max(old[k], 1e-6) for k in new}
+        ratio = {f'lattice4_{k}': new[k] / max(old[k], 1e-6) for k in new}
+        return {f'lattice_{k}': v for k, v in peaks(mean).items()} | ratio
     g, n = new_generator(0), len(b)
     table = pd.DataFrame([measured(torch.randint(n, (n,), generator=g)) for _ in range(draws)])
     low, high = table.quantile(.025), table.quantile(.975)
-    return {k: dict(mean=v, ci95=[low[k], high[k]], n_seeds=1, n_images=n, interval='bootstrap, 95 %, over the test images')
-            for k, v in measured(slice(None)).items()}
+    how = dict(n_seeds=1, n_images=n, interval='bootstrap, 95 %, over the test images')
+    return {k: dict(mean=v, ci95=[low[k], high[k]], **how) for k, v in measured(slice(None)).items()}
 
 # %% ../../nbs/15_experiment.ipynb #583eb973
 PLURAL = dict(female='women', male='men')
