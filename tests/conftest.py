@@ -1,5 +1,6 @@
 "Settings and fixtures that several test files share. Nothing here needs a network, a GPU or a downloaded data set."
 import os
+import signal
 
 os.environ.setdefault('DIFFCLIP_QUIET', '1')
 os.environ.setdefault('MPLBACKEND', 'Agg')
@@ -14,6 +15,8 @@ from PIL import Image
 
 # tests run side by side, one thread each: threads that wait for each other's cores cost more than they bring
 torch.set_num_threads(1)
+# a shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def picture(k, size=(64, 64), mode='RGB'):

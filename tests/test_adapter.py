@@ -22,7 +22,7 @@ from test_finetune import Face, Net, clip_folder
 from test_store import Held
 
 schedule = linear_schedule()
-walk, cfg = Walk(t0=300, n_inv=3, n_gen=2, inversion='ddim'), Compute(batch_size=2, shard_size=3)
+walk, cfg = Walk(t0=300, n_inv=3, n_gen=2, grid='linear', inversion='ddim'), Compute(batch_size=2, shard_size=3)
 
 
 def adapt(images, unet, tuned, cfg, schedule, out, cache=None, walk=walk, size=16, **cond):

@@ -155,7 +155,7 @@ def test_broken_folders(copy):
     with pytest.raises(UserError, match='SHA-256'): load_guide(copy)
     (copy/'card.json').unlink()
     good = weights.read_bytes(); weights.write_bytes(good[:1000])
-    with pytest.raises(UserError, match='does not fit'): load_guide(copy)
+    with pytest.raises(UserError, match='cut short or damaged'): load_guide(copy)
     weights.unlink()
     with pytest.raises(UserError, match='holds no weights'): load_guide(copy)
     weights.write_bytes(good)

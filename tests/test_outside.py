@@ -64,6 +64,7 @@ def test_notebooks_hold_parameters_and_calls(n):
     assert space['profile'] == 'celeba64' and set(given(space, *PARAMETERS[n]).values()) == {None} and PARAMETERS[n] <= set(space)
     get_profile('celeba64', **given(space, *PARAMETERS[n]))
     text = '\n'.join(''.join(c['source']) for c in code)
+    text = text.replace('def your_', '')   # the reader's exercise
     assert 'def ' not in text and '#| export' not in text
     assert all(''.join(c['source']).startswith('#| slow') for c in code if c is not tagged[0])
 
