@@ -292,6 +292,8 @@ def read_labels_csv(path) -> pd.DataFrame:
     if lack := [c for c in ('id', 'label') if c not in header]:
         raise UserError(f'{path}: no column {" and no column ".join(lack)}; the first line must be '
                         f'the header "id,label", found "{",".join(header)[:80]}"')
+    if double := [c for c in ('id', 'label') if header.count(c) > 1]:
+        raise UserError(f'{path}: the header names the column {double[0]} twice; keep one of them')
     for n, r in rows:
         if len(r) > len(header):
             raise UserError(f'{path}: row {n} has {len(r)} fields, the header {len(header)}: '

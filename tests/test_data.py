@@ -85,6 +85,8 @@ def test_csv_of_other_programs(photos, tmp_path):
     (dict(labels=['cat', 'dog', '', 'dog', 'cat', 'dog']), r'a\.csv: no label for 2\.png'),
     (dict(header='file,label'), r'a\.csv: no column id; the first line must be the header "id,label", found "file,label"'),
     (dict(header='0.png,cat'), r'a\.csv: no column id and no column label'),
+    (dict(header='id,id,label'), r'a\.csv: the header names the column id twice'),
+    (dict(header='id,label,label'), r'a\.csv: the header names the column label twice'),
     (dict(labels=['cat', 'dog', 'cat,x', 'dog', 'cat', 'dog']), r'a\.csv: row 4 has 3 fields, the header 2'),
     (dict(labels=['cat', 'dog', ' ', 'dog', 'cat', 'dog']), r'a\.csv: no label for 2\.png \(row 4\)'),
 ])
