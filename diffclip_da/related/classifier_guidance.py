@@ -27,7 +27,7 @@ from ..models.identity import embed_all, frechet_distance
 from ..models.loop import TrainingLoop
 from .bench import Bench, mirrored
 from ..store import canonical_hash, tensor_hash
-from ..study.figures import show_rows
+from ..study.figures import titled_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/30_classifier_guidance.ipynb #0c9415a5
@@ -184,8 +184,7 @@ def plot_guidance(table: pd.DataFrame,
             ax.plot(g.scale, g[m], line, color=COLOURS[colour], label=label)
         ax.set(title=title, xlabel='scale')
         ax.legend(fontsize=8)
-    axs = show_rows(bottom, list(pictures.values()))
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=2)
+    titled_rows(bottom, pictures)
     return fig
 
 def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for each scale; steps

@@ -28,10 +28,10 @@ from ..data import celeba as celeba_photos, shipped_faces
 from ..models.identity import embed_all, frechet_distance
 from ..models.loop import TrainingLoop, moving_average
 from ..models.train import training_pictures
-from .bench import Bench
+from .bench import Bench, mirrored
 from .classifier_guidance import principal
 from ..store import load_state, tensor_hash
-from ..study.figures import show_rows
+from ..study.figures import titled_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/33_gan.ipynb #b1b28c5f
@@ -142,7 +142,7 @@ def gan_step(state: GanState, images) -> dict: # [n, 3, 64, 64] uint8 -> losses 
     "One update of the discriminator, then one of the generator."
     n, gen = state.cfg.batch_size, state.generator
     x = from_uint8(images[torch.randint(len(images), (n,), generator=gen)])
-    x = torch.where(torch.rand(n, 1, 1, 1, generator=gen) < .5, x.flip(-1), x)
+    x = mirrored(x, gen)
     fake = state.g(state.latents(n))
     scores = state.d(torch.cat([diff_augment(x, gen), diff_augment(fake.detach(), gen)]))
     loss_d = hinge_d(*scores.chunk(2))
@@ -313,8 +313,7 @@ def plot_gan(table: pd.DataFrame,
         ax.set(title=title, yticks=range(len(table)), yticklabels=table.way)
         ax.tick_params('y', labelsize=7)
     ax.invert_yaxis()
-    axs = show_rows(bottom, list(pictures.values()))
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=2)
+    titled_rows(bottom, pictures)
     return fig
 
 def figure33(bench: Bench, checkpoint, **settings) -> tuple: # of `train_gan`; of `GanStudy`

@@ -34,7 +34,7 @@ from ..diffusion.walk import Walk
 from .bench import Bench, judge_net
 from ..study.classify import Training, evaluate, train_classifier
 from ..study.evaluate import Evaluation
-from ..study.figures import show_rows
+from ..study.figures import titled_rows
 from ..study.stats import over_images, over_seeds
 
 # %% ../../nbs/31_hspace.ipynb #c39cef1c
@@ -371,8 +371,7 @@ def plot_hspace(probes: pd.DataFrame, sweep: pd.DataFrame, adapted: pd.DataFrame
     c.set(title='trained on ..., tested on ...', ylabel='balanced accuracy', xlabel='',
           ylim=(.4, 1))
     c.legend(title=None, fontsize=7)
-    axs = show_rows(bottom, list(pictures.values()))
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=2)
+    titled_rows(bottom, pictures)
     return fig
 
 def figure31(bench: Bench, scales=(-9., 0., 3., 6., 9., 12.), attributes=('Male', 'Smiling'),

@@ -23,7 +23,7 @@ from ..models.unet import read_unet, save_unet
 from .bench import Bench
 from .hspace import bottleneck_of
 from ..store import canonical_hash, code_hash, fingerprint
-from ..study.figures import show_rows
+from ..study.figures import titled_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/32_mixing.ipynb #9a3a06d4
@@ -136,8 +136,7 @@ def plot_mixing(table: pd.DataFrame, words,
     ax.plot(table.weight, table.identity, 's--', color=COLOURS['source'], label='likeness')
     ax.set(xlabel=f'weight of the model of "{words[1]}"', title='two models mixed')
     ax.legend(fontsize=8)
-    axs = show_rows(right, list(pictures.values()))
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=2)
+    titled_rows(right, pictures)
     return fig
 
 def figure32(bench: Bench, drawings, n_tune: int = 24, passes: int = 6,

@@ -24,11 +24,11 @@ from sklearn.preprocessing import StandardScaler
 from ..adaptation.finetune import compute_latents
 from ..core import COLOURS, UserError, fold_seed, new_generator, set_style
 from ..diffusion.walk import Walk
-from .bench import Bench, attribute_of, judge_net
+from .bench import Bench, attribute_of, judge_net, mirrored
 from .hspace import ClassMeans, combined, edit_latents, mean_difference, noised_bottleneck
 from ..study.classify import new_classifier, predict
 from ..study.experiment import Experiment
-from ..study.figures import show_rows
+from ..study.figures import titled_rows
 from ..study.profile import Profile, load_whole
 from ..study.stats import over_seeds, paired_bootstrap, recalls
 
@@ -174,9 +174,7 @@ def train_weighted(x, y, weights, seed: int, epochs: int = 12, batch_size: int =
         for _ in range(epochs):
             for i in torch.randperm(len(x), generator=g).split(batch_size):
                 if len(i) < 2: continue   # batch norm
-                flip = torch.rand(len(i), 1, 1, 1, generator=g) < .5
-                loss = F.cross_entropy(net(torch.where(flip, x[i].flip(-1), x[i])), y[i],
-                                       reduction='none')
+                loss = F.cross_entropy(net(mirrored(x[i], g)), y[i], reduction='none')
                 opt.zero_grad(set_to_none=True)
                 (w[i] * loss).mean().backward()
                 opt.step()
@@ -303,8 +301,7 @@ def plot_shift(reading: pd.DataFrame, shares: pd.DataFrame, scores: pd.DataFrame
     c.set(title='balanced accuracy on the test set', yticks=range(len(scores)),
           yticklabels=scores.method)
     c.invert_yaxis()
-    axs = show_rows(bottom, list(pictures.values()))
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=2)
+    titled_rows(bottom, pictures)
     return fig
 
 def figure34(bench: Bench, attribute: str = 'Smiling', times=(0, 200, 400, 600),

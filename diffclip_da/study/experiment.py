@@ -27,6 +27,7 @@ from ..models.clip import zero_shot
 from ..settings import differing
 from ..store import (canonical_hash, code_hash, read_json, stage, stage_folder, versions,
                                    write_json)
+from ..styles import LUMA
 from .classify import selected_epoch, train_classifier
 from .figures import (PAPER_NUMBERS, make_record, plot_histories, plot_pairs, results_table,
                                        save_figure)
@@ -123,11 +124,11 @@ class Experiment:
         missing = [s for s in p.seeds if not file(s).exists()]
         new = self.train(trained_on, missing) if missing else iter(())
         for seed in p.seeds:
-            with self.stage(*stages[seed]) as folder:
+            with self.stage(*stages[seed]):
                 if not file(seed).exists():   # a damaged one was removed just now
                     h = next(new if seed in missing else self.train(trained_on, [seed]))
                     write_json(file(seed), h.to_dict('list'))   # JSON keeps every digit
-                tables.append(pd.DataFrame(read_json(folder/'history.json')).assign(seed=seed))
+                tables.append(pd.DataFrame(read_json(file(seed))).assign(seed=seed))
         return pd.concat(tables, ignore_index=True)[['seed', 'epoch', 'split', 'loss', *MEASURES]]
 
     def train(self, trained_on: str, seeds: list): # -> an iterator over their histories
@@ -231,7 +232,7 @@ def measure_adaptation(exp: Experiment) -> pd.DataFrame: # one row per test imag
 # %% ../../nbs/15_experiment.ipynb #ae807443
 def spectra(images: torch.Tensor) -> torch.Tensor: # [n, 3, h, w] -> [n, h, w] float64
     "Power of the grey pictures under a Hann window."
-    grey = (images.double() * torch.tensor([.299, .587, .114], dtype=torch.float64)[:, None, None]).sum(1)
+    grey = (images.double() * torch.from_numpy(LUMA)[:, None, None]).sum(1)
     h, w = (torch.hann_window(k, dtype=torch.float64) for k in grey.shape[1:])
     return torch.fft.fft2((grey - grey.mean((1, 2), keepdim=True)) * h[:, None] * w).abs().square()
 

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'PROVENANCE', 'DOMAINS', 'PAPER_NUMBERS', 'GROUPS', 'make_record', 'validate_record', 'save_figure',
-           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'captioned', 'plot_pairs', 'plot_histories',
-           'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps', 'plot_prompts', 'name_points',
-           'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
+           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'captioned', 'plot_pairs',
+           'plot_histories', 'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps', 'plot_prompts',
+           'name_points', 'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
 
 # %% ../../nbs/15e_figures.ipynb #32d9e46d
 import io
@@ -114,6 +114,11 @@ def show_rows(sub, rows:list, **kwargs): # a (sub)figure; [[n, 3, h, w], ...] of
     for line, x in zip(axs, rows):
         for ax, v in zip(line, x): show_picture(ax, v)
     return axs
+
+def titled_rows(sub, pictures:dict, pad=2): # as above; title -> [n, 3, h, w]
+    "`show_rows` with a title above each row's first picture."
+    axs = show_rows(sub, list(pictures.values()))
+    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=pad)
 
 def captioned(fig:plt.Figure, caption:str, title:str='', fontsize:float=7) -> plt.Figure:
     "The figure with small print below; closed, so that a notebook shows it once."
@@ -368,6 +373,5 @@ def plot_guides(table:pd.DataFrame, # columns guide, method, balanced_accuracy: 
     sns.pointplot(table, x='method', y='balanced_accuracy', hue='guide', palette=palette,
                   dodge=len(palette) > 1 and .3, linestyle='none', errorbar=whisker, ax=ax)
     ax.set(ylabel=f'balanced accuracy on {target}', xlabel='')
-    axs = show_rows(right, [x[:7] for x in pictures.values()])
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left')
+    titled_rows(right, {k: x[:7] for k, x in pictures.items()}, pad=None)
     return fig
