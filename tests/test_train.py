@@ -13,7 +13,7 @@ from diffclip_da.core import UserError
 from diffclip_da.data import toy_faces
 from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.models.loop import NanLoss
-from diffclip_da.models.train import (TrainConfig, check_training_set, main, train_diffusion, training_batch, training_identity,
+from diffclip_da.models.train import (Options, TrainConfig, check_training_set, initial_unet, main, train_diffusion, training_batch, training_identity,
                                       training_pictures)
 from diffclip_da.models.unet import small_unet, tiny_unet
 from diffclip_da.models.load import load_unet
@@ -123,6 +123,24 @@ def test_command_line_learns_the_classes_of_a_folder_per_class(tmp_path, images,
         with pytest.raises(SystemExit) as e: main([*args, '--out', str(tmp_path / 'c'), *more])
         assert e.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / 'c').exists()
+
+
+def test_attention_grows_on_a_trained_network_and_calm_is_measured(tmp_path, images, capsys):
+    from PIL import Image
+    (tmp_path / 'photos').mkdir()
+    for k, u in enumerate(images[:6]): Image.fromarray(u.permute(1, 2, 0).numpy()).save(tmp_path / f'photos/{k}.png')
+    args = ['--images', str(tmp_path / 'photos'), '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu', '--v']
+    assert main([*args, '--out', str(tmp_path / 'a')]) == 0
+    old = load_unet(str(tmp_path / 'a/model')); assert old.fold_power is None
+    options = Options(out='', v=True, image_size=16, attention=2, init=str(tmp_path / 'a/model'))
+    new, x = initial_unet(options, 0).eval(), torch.randn(2, 3, 16, 16)
+    assert len(new.state_dict()) > len(old.state_dict())
+    with torch.no_grad(): torch.testing.assert_close(new(x, 300), old(x, 300), atol=1e-5, rtol=1e-5)
+    assert main([*args, '--out', str(tmp_path / 'b'), '--init', str(tmp_path / 'a/model'), '--attention', '2', '--calm']) == 0
+    made = load_unet(str(tmp_path / 'b/model')); assert len(made.fold_power) == 3 and min(made.fold_power) > 0
+    assert initial_unet(Options(out='', v=True, image_size=16, attention=2, init=str(tmp_path / 'b/model')), 0).fold_power == made.fold_power
+    with pytest.raises(SystemExit): main([*args[:-1], '--out', str(tmp_path / 'c'), '--calm'])
+    assert '--calm needs --v' in capsys.readouterr().err and not (tmp_path / 'c').exists()
 
 
 def test_bfloat16_that_would_be_slow_is_answered_by_a_line(tmp_path, images, monkeypatch, capsys):

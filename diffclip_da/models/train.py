@@ -22,7 +22,7 @@ from ..diffusion.schedule import Schedule, linear_schedule
 from .load import load_unet
 from .loop import (TrainingLoop, bfloat16_or_not, moving_average, rate_factor,
                                      set_rate)
-from .unet import EpsUNet, save_unet, small_unet
+from .unet import EpsUNet, fold_power, save_unet, small_unet
 from ..store import canonical_hash, check_room, doing, remove_leftovers, tensor_hash
 
 # %% ../../nbs/08_train.ipynb #c2d4a0be
@@ -148,7 +148,7 @@ def training_identity(model: EpsUNet, images, labels) -> dict:
     """What a checkpoint is bound to beside its settings: the pictures, their labels and the
     architecture, as hashes."""
     config = {k: v for k, v in model.unet.config.items() if not k.startswith('_')}
-    network = canonical_hash([config, model.patch, model.n_classes,
+    network = canonical_hash([config, model.patch, model.n_classes, model.fold_power,
                               model.v_schedule and model.v_schedule.name])
     return dict(images=tensor_hash(images)[:16],
                 labels=None if labels is None else tensor_hash(labels)[:16], network=network)
@@ -184,7 +184,11 @@ class Options:
     labels: str = ''
     image_size: int = 64    # pixels
     v: bool = False         # predict velocity (notebook 07), its error weighed by (1 + SNR)^-0.5
-    # start from this U-Net: "shipped" or a folder; its size and classes must fit
+    attention: int = 1      # levels of the network with self-attention, counted from the coarsest
+    # answer period two by the pictures' own spectrum (notebook 07), which needs --v; an --init may bring it
+    calm: bool = False
+    # start from this U-Net: "shipped" or a folder; its size and classes must fit, and attention that it lacks
+    # begins by changing nothing
     init: str = ''
     device: str|None = None # cpu, cuda, mps; the best one by default
     config: TrainConfig = field(default_factory=TrainConfig)
@@ -203,7 +207,7 @@ def training_pictures(images: ImageSet, size: int,
 def initial_unet(options: Options, n_classes: int) -> EpsUNet:
     "The network before its first step: at random, or a copy of another one that fits."
     torch.manual_seed(options.config.seed)
-    model = small_unet(options.image_size, n_classes=n_classes,
+    model = small_unet(options.image_size, n_classes=n_classes, attention=options.attention,
                        v_schedule=linear_schedule() if options.v else None)
     if not options.init: return model
     there = load_unet(options.init)
@@ -213,10 +217,14 @@ def initial_unet(options: Options, n_classes: int) -> EpsUNet:
         raise UserError(f'--init {options.init} is a network of {what(there)}; asked for is one of '
                         f'{what(model)}: '
                         'give --v, --image-size and data that fit, or leave --init out')
-    try: model.load_state_dict(there.state_dict())
-    except RuntimeError as e:
-        raise UserError(f'--init {options.init} has another architecture '
-                        f'({str(e).splitlines()[1].strip()[:120]}); leave it out') from None
+    try: missing = model.load_state_dict(there.state_dict(), strict=False)
+    except RuntimeError as e: odd = str(e).splitlines()[1].strip()
+    else: odd = ', '.join(missing.unexpected_keys + [k for k in missing.missing_keys if '.attentions.' not in k])
+    if odd:
+        raise UserError(f'--init {options.init} has another architecture ({odd[:120]}); leave it out')
+    for k, p in model.named_parameters():   # new attention adds nothing to begin with
+        if k in missing.missing_keys and '.to_out.' in k: nn.init.zeros_(p)
+    model.fold_power = there.fold_power
     return model
 
 @friendly_exit
@@ -226,6 +234,7 @@ def main(argv=None) -> int:
     if bool(o.celeba) == bool(o.images):
         raise UserError('give exactly one of --celeba and --images')
     check_room(o.out)
+    if o.calm and not o.v: raise UserError('--calm needs --v: a network that predicts velocity')
     device, cfg = local_device(o.device), o.config.check()
     cfg = replace(cfg, bf16=bfloat16_or_not(cfg.bf16, device))
     if o.v:
@@ -238,6 +247,7 @@ def main(argv=None) -> int:
     need = 3 * o.image_size**2 * len(source)   # a byte a value
     with doing('reading the pictures', need):
         pictures = training_pictures(source, o.image_size, Path(o.out) / 'pictures')
+    if o.calm: model.fold_power = fold_power(torch.as_tensor(pictures[:4096]).float() / 127.5 - 1)
     model, _ = train_diffusion(model, pictures, labels, linear_schedule(), cfg, o.out, device,
                                o.init)
     if processes()[0]: return 0
