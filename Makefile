@@ -16,10 +16,10 @@ ARGS    ?=
 # for the time left: the records of the figures that are still to come; the loops below add their numbers
 WHOLE   := DIFFCLIP_WHOLE="$$(printf '$(CURDIR)/figures/$(PROFILE)/figure%s.json:'
 
-.PHONY: help install figures results guide test check lab assets verify wheel bench tidy clean
+.PHONY: help install figures results guide test check lab assets verify wheel bench bench-data tidy clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): setup.py settings.ini constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ...") if sys.version_info < (3, 11) else 0'
@@ -103,6 +103,9 @@ tidy: $(STAMP) ## after work on the notebooks: export, clean, alt texts
 
 bench: $(STAMP) ## the benchmarks that need no data, into benchmarks/
 	$(BIN)/python benchmarks/speed.py --compile
+
+bench-data: $(STAMP) ## packing and reading 1,000 to 162,770 synthetic photos (an hour)
+	$(BIN)/python benchmarks/data.py
 
 clean: ## remove builds and caches, keep runs/ and .venv
 	rm -rf build dist *.egg-info .pytest_cache

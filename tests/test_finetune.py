@@ -316,7 +316,8 @@ def test_a_loss_that_grows_is_divergence():
     row = {'pass': 0, 'step': 9, 'total': 9.5, 'lr': .1}
     F.check_sane(row, [2.8] * 9)
     F.check_sane(row, [2.8, 9.])
-    F.check_sane(dict(row, total=2.), [.0, 1., 2., 3., 4.])   # a first loss of 0 says nothing
+    F.check_sane(dict(row, total=.2), [.0, .1, .2, .3, .2])   # without CLIP a loss begins near 0
+    with pytest.raises(DivergedError): F.check_sane(dict(row, total=2.), [.0, 1., 2., 3., 4.])
     with pytest.raises(DivergedError, match='more than 3 times as large as at the start.*Lower lr .it was 0.1'): F.check_sane(row, [2.8, 9., 9., 9., 9.])
     with pytest.raises(DivergedError, match='21%'): F.check_sane(row, [2.8], .21)
     assert F.share_beyond(torch.tensor([0., 1.4, -1.6, float('nan')])) == .5

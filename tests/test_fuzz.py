@@ -33,9 +33,11 @@ from diffclip_da.models.load import load_unet
 from diffclip_da.models.published import GuidedUNet, checked_sha256, load_weights, trained_for
 from diffclip_da.models.unet import EpsUNet, save_unet, tiny_unet
 from diffclip_da.pictures import decode
-from diffclip_da.store import claim_folder, packed_tensor, read_json, read_tensors
+from diffclip_da.adaptation.adapter import Adapter, Compute, Run, describe_run
+from diffclip_da.store import canonical_hash, claim_folder, packed_tensor, read_json, read_record, read_tensors, stage
+from diffclip_da.diffusion.walk import Walk
 
-FAMILIES = 6
+FAMILIES = 7
 SECONDS = float(os.environ.get('DIFFCLIP_FUZZ_SECONDS', 0)) / FAMILIES   # for each; 0: a fixed number of inputs
 LONGEST, LARGEST = 20, 1.5 * 2**30   # seconds of computing, and bytes, that one input may take
 
@@ -195,6 +197,53 @@ def test_json(tmp_path):
         try: f()
         finally: path.write_bytes(good)
     fuzz('json', [good for _, _, good in files], read, 300, strange_json, named=str(tmp_path))
+
+
+# ---- records with a checksum: an adapter's, a shard's, a stage's -------------------------------------------------------------
+
+def strange_record(r: random.Random, b: bytes, others: list) -> bytes:
+    "Strange JSON; now and then under a checksum that fits, as if somebody had meant it."
+    b = strange_json(r, b, others)
+    try: said = json.loads(b)
+    except (ValueError, RecursionError): return b
+    if isinstance(said, dict) and r.random() < .5:
+        said.pop('sha256', None)
+        try: b = json.dumps(said | dict(sha256=canonical_hash(said, 64))).encode()
+        except (ValueError, UnicodeError): pass
+    return b
+
+
+def test_records(tmp_path):
+    adapter = Adapter(tiny_unet(8), walk=Walk(40, n=2), size=8)
+    adapter.tuned, adapter.source, adapter.target = adapter.unet, 'photo', 'sketch'
+    adapter.save(tmp_path/'adapter')
+    for k in range(3): (tmp_path/f'{k}.png').write_bytes(encoded(picture(k, (12, 12)), 'PNG'))
+    images = image_folder(tmp_path)
+    what = describe_run(images, adapter.unet, adapter.unet, adapter.schedule, adapter.walk, Compute(), 8)
+    run = Run(images, what, 3, tmp_path/'out', say=lambda text: None)
+    run.save_shard(0, torch.zeros(3, 3, 8, 8), 2)
+    kept = run.record(0)
+    def staged():
+        with stage(tmp_path, 'step', 'k', say=lambda text: None) as s:
+            if not s.found: (s.folder/'a.txt').write_text('a')
+        assert (s.folder/'a.txt').read_text() == 'a'
+    (tmp_path/'step-k').mkdir(); staged()
+    def adapted():
+        a = Adapter.load(tmp_path/'adapter', device='cpu')
+        out = a.walk.generate(a.tuned, torch.zeros(1, 3, 8, 8), a.schedule)
+        assert out.shape == (1, 3, 8, 8) and torch.isfinite(out).all()
+    def shard():
+        said = run.record(0)
+        if said is not None: assert [(r['id'], r['file']) for r in said['images']] == [(r['id'], r['file']) for r in kept['images']]
+        run.done(0)
+    readers = {'adapter/adapter.json': adapted, 'adapter/unet/diffclip.json': adapted, 'out/shards/00000.json': shard, 'step-k/stage.json': staged}
+    files = [(tmp_path/n, f, (tmp_path/n).read_bytes()) for n, f in readers.items()]
+    def read(b, k):
+        path, f, good = files[k]
+        path.write_bytes(b)
+        try: f()
+        finally: path.write_bytes(good)
+    fuzz('records', [good for _, _, good in files], read, 300, strange_record, named=str(tmp_path))
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------------------

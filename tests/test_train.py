@@ -131,14 +131,14 @@ def test_attention_grows_on_a_trained_network_and_calm_is_measured(tmp_path, ima
     for k, u in enumerate(images[:6]): Image.fromarray(u.permute(1, 2, 0).numpy()).save(tmp_path / f'photos/{k}.png')
     args = ['--images', str(tmp_path / 'photos'), '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu', '--v']
     assert main([*args, '--out', str(tmp_path / 'a')]) == 0
-    old = load_unet(str(tmp_path / 'a/model')); assert old.fold_power is None
+    old = load_unet(str(tmp_path / 'a/model')); assert old.spectrum is None
     options = Options(out='', v=True, image_size=16, attention=2, init=str(tmp_path / 'a/model'))
     new, x = initial_unet(options, 0).eval(), torch.randn(2, 3, 16, 16)
     assert len(new.state_dict()) > len(old.state_dict())
     with torch.no_grad(): torch.testing.assert_close(new(x, 300), old(x, 300), atol=1e-5, rtol=1e-5)
     assert main([*args, '--out', str(tmp_path / 'b'), '--init', str(tmp_path / 'a/model'), '--attention', '2', '--calm']) == 0
-    made = load_unet(str(tmp_path / 'b/model')); assert len(made.fold_power) == 3 and min(made.fold_power) > 0
-    assert initial_unet(Options(out='', v=True, image_size=16, attention=2, init=str(tmp_path / 'b/model')), 0).fold_power == made.fold_power
+    made = load_unet(str(tmp_path / 'b/model')); assert len(made.spectrum) == 2
+    assert initial_unet(Options(out='', v=True, image_size=16, attention=2, init=str(tmp_path / 'b/model')), 0).spectrum == made.spectrum
     with pytest.raises(SystemExit): main([*args[:-1], '--out', str(tmp_path / 'c'), '--calm'])
     assert '--calm needs --v' in capsys.readouterr().err and not (tmp_path / 'c').exists()
 

@@ -143,30 +143,32 @@ def test_a_name_that_is_nothing_is_refused():
     with pytest.raises(UserError, match='no U-Net at .*nowhere'): load_unet('nowhere/at/all')
 
 
-def test_period_two_is_answered_by_the_photos_spectrum(tmp_path):
+def test_the_finest_frequencies_are_answered_by_the_photos_spectrum(tmp_path):
     from diffclip_da.diffusion.forward import q_sample
     from diffclip_da.diffusion.schedule import linear_schedule
-    from diffclip_da.models.unet import calm, fold_power
-    g, s = torch.Generator().manual_seed(1), linear_schedule()
-    noise = torch.randn(400, 3, 32, 32, generator=g)
-    assert all(abs(p - 1) < .1 for p in fold_power(noise))                            # white noise has 1
-    dots = torch.ones(32, 32); dots[:, 1::2] = -1                                      # period two along x
-    x0 = .3 * torch.randn(400, 3, 1, 1, generator=g) * dots
-    S = (x0 * dots).mean((2, 3)).square().mean().item() * 32 * 32                      # its power in one bin
+    from diffclip_da.models.unet import CALM_ALL, CALM_FROM, calm, cosines, fine_spectrum, radius
+    g, s, (a, b) = torch.Generator().manual_seed(1), linear_schedule(), (-1., 8.)
+    c, r = cosines(32), radius(32, 32)
+    assert torch.allclose(c @ c.T, torch.eye(32), atol=1e-5) and r[0, 16] == .25 and r.max() < .71
+    x0 = c.T @ (torch.exp((a - b * r) / 2) * torch.randn(400, 3, 32, 32, generator=g)) @ c   # of this very spectrum
+    fitted = fine_spectrum(x0); assert abs(fitted[0] - a) < .1 and abs(fitted[1] - b) < .2
     for t in (5, 300, 900):
         eps = torch.randn(x0.shape, generator=g); x_t = q_sample(x0, t, eps, s)
         ab = s.ab(t).item(); v = ab**.5 * eps - (1 - ab)**.5 * x0
-        def error(guess): return ((guess - v) * dots).mean((2, 3)).square().mean().item()
-        best = error(calm(torch.zeros_like(v), x_t, t, (S, S, S), s))
-        for other in (S / 4, S * 4):   # no other linear guess is nearer
-            assert best <= error(calm(torch.zeros_like(v), x_t, t, (other,) * 3, s)) * 1.001
-    m = small_unet(16, channels=(32, 32), v_schedule=s, n_classes=0).eval(); m.fold_power = .01, .02, .03
+        def error(guess): return (c @ (guess - v) @ c.T)[..., r >= CALM_ALL].square().mean().item()
+        best = error(calm(torch.zeros_like(v), x_t, t, fitted, s))
+        for other in ((a + 1, b), (a - 1, b)):   # no other linear guess is nearer
+            assert best <= error(calm(torch.zeros_like(v), x_t, t, other, s)) * 1.001
+        near = c @ (calm(v, x_t, t, fitted, s) - v) @ c.T   # what lies below is the network's own
+        assert near[..., r < CALM_FROM].abs().max() < 1e-4 < near.abs().max()
+    m = small_unet(64, channels=(32, 32), v_schedule=s, n_classes=0).eval(); m.spectrum = -1., 9.
     save_unet(m, tmp_path / 'a')
-    again, x = load_unet(str(tmp_path / 'a')), torch.randn(2, 3, 16, 16, generator=g)
+    again, x = load_unet(str(tmp_path / 'a')), torch.randn(2, 3, 64, 64, generator=g)
     with torch.no_grad():
-        assert again.fold_power == (.01, .02, .03) and torch.equal(again(x, 300), m(x, 300))
-        before = m(x, 300)
-        with torch.no_grad(): m.unet.conv_out.bias[::4] += 1.                          # one place in four of each block
-        change = torch.fft.fft2(m(x, 300) - before).abs()
-        assert change[..., 0, 0].min() > 1 and max(change[..., a, b].max() for a, b in ((8, 0), (0, 8), (8, 8))) < 1e-3
-    with pytest.raises(ValueError, match='predicts v'): EpsUNet(m.unet, 2, fold_power=(1, 1, 1))
+        assert again.spectrum == (-1., 9.) and torch.equal(again(x, 300), m(x, 300))
+        before = m(x, 300); m.unet.conv_out.bias[::4] += 1.   # one place in four of each block: a lattice
+        def lattice(u): return max(torch.fft.fft2(u).abs()[..., i, j].max().item() for i, j in ((32, 0), (0, 32), (32, 32)))
+        written = lattice(m(x, 300) - before)
+        m.spectrum = None; plain = m(x, 300); m.unet.conv_out.bias[::4] -= 1.
+        assert written < lattice(plain - m(x, 300)) / 8
+    with pytest.raises(ValueError, match='predicts v'): EpsUNet(m.unet, 2, spectrum=(1, 1))

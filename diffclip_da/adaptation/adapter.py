@@ -26,6 +26,7 @@ from ..diffusion.schedule import Schedule, linear_schedule
 from ..diffusion.walk import Walk
 from ..models.load import load_embedder, load_guide, load_unet
 from ..models.unet import EpsUNet, save_unet
+from ..settings import as_type, override
 from ..store import (Damaged, atomic_write, cached_tensor, canonical_hash, check_claim,
                                claim_folder, code_hash, doing, fingerprint, read_record,
                                remove_leftovers, sha256_bytes, sha256_file, tensor_hash, versions,
@@ -116,6 +117,12 @@ class Run:
         if text not in self.said: self.say(text)
         self.said.add(text)
 
+    def rows(self, k: int, made) -> list: # SHA-256 of each picture of shard `k`, in its order
+        "What its record says of each picture."
+        labels, sources = self.images.labels or {}, self.what['sources']
+        return [dict(id=i, label=labels.get(i), file=self.files[i], source_sha256=sources[i], adapted_sha256=h,
+                     shard=k) for i, h in zip(self.shards[k], made)]
+
     def record(self, k: int) -> dict | None:
         "The record of shard `k`, if there is one of this run; a damaged one is named."
         path = self.record_path(k)
@@ -123,9 +130,9 @@ class Run:
         try:
             said = read_record(path)
             if said['key'] != self.what['key']: return None
-            if [(r['id'], r['file']) for r in said['images']] == [(i, self.files[i]) for i in self.shards[k]]:
-                return said
-        except (Damaged, KeyError, TypeError): pass
+            made = [r['adapted_sha256'] for r in said['images']]
+            if said['images'] == self.rows(k, made) and all(isinstance(h, str) for h in made): return said
+        except (Damaged, KeyError, TypeError, AttributeError): pass
         self.tell(f'{path} is damaged: shard {k} is made anew')
         return None
 
@@ -163,16 +170,14 @@ class Run:
 
     def save_shard(self, k: int, x, batch_size: int): # [n, 3, size, size] in [-1, 1], in the shard's order
         "Write the pictures of shard `k`, then its record."
-        rows, labels = [], self.images.labels or {}
+        made = []
         for i, im in zip(self.shards[k], x):
             buffer = io.BytesIO()
             to_pil(im).save(buffer, format='PNG')
-            made = sha256_bytes(buffer.getvalue())
-            if not self.stands(self.files[i], made):
+            made.append(sha256_bytes(buffer.getvalue()))
+            if not self.stands(self.files[i], made[-1]):
                 with atomic_write(self.out/self.files[i]) as f: f.write(buffer.getvalue())
-            rows.append(dict(id=i, label=labels.get(i), file=self.files[i],
-                             source_sha256=self.what['sources'][i], adapted_sha256=made, shard=k))
-        write_record(self.record_path(k), dict(key=self.what['key'], batch_size=batch_size, images=rows))
+        write_record(self.record_path(k), dict(key=self.what['key'], batch_size=batch_size, images=self.rows(k, made)))
 
     def merge(self) -> bool:
         "Write `manifest.csv` if all shards are done; of a retouched picture it names the bytes that are there."
@@ -460,17 +465,22 @@ def load_adapter(folder, device=None) -> Adapter: # None: the best device there 
     if not path.exists():
         raise UserError(f'{folder} holds no adapter.json: give a folder that Adapter.save has written')
     said, device = read_record(path, unmarked=True), local_device(device)
-    try:
-        for f, h in said.get('files', {}).items():
-            if sha256_file(path.parent/f) != h:
-                raise Damaged(f'{path.parent/f} is not as Adapter.save wrote it; save the adapter again')
-        beta, name = torch.tensor(said['beta'], dtype=torch.float64), said['schedule']
-        new = Adapter(load_unet(path.with_name('unet'), device), schedule=Schedule(beta, name),
-                      walk=Walk(**said['walk']), compute=Compute(**said['compute']), size=said['size'])
-        new.tuned = load_unet(path.with_name('tuned'), device)
-        new.source, new.target = said['source'], said['target']
-        new.recipe = said['recipe'] and Recipe(**said['recipe'])
-        new.unet.info, new.tuned.info, new.named = said['models']['unet'], said['tuned'], said['models']
-    except (KeyError, TypeError) as e:
-        raise UserError(f'{path} is not as Adapter.save wrote it ({e}); save the adapter again') from None
-    return new
+    try: return _from_record(said, path, device)
+    except Exception as e:   # an odd name, an odd value, a file that is gone
+        if isinstance(e, UserError) and str(path.parent) in str(e): raise
+        why = str(e) if isinstance(e, UserError) else f'{type(e).__name__}: {str(e)[:120]}'
+        raise UserError(f'{path} is not as Adapter.save wrote it ({why}); save the adapter again') from None
+
+def _from_record(said: dict, path: Path, device) -> Adapter:
+    for f, h in said.get('files', {}).items():
+        if sha256_file(path.parent/f) != h:
+            raise Damaged(f'{path.parent/f} is not as Adapter.save wrote it; save the adapter again')
+    beta, named = torch.tensor(said['beta'], dtype=torch.float64), as_type('schedule', said['schedule'], str)
+    new = Adapter(load_unet(path.with_name('unet'), device), schedule=Schedule(beta, named),
+                  walk=override(Walk(), **said['walk']), size=as_type('size', said['size'], int),
+                  compute=override(Compute(), **said['compute']).check())
+    new.tuned = load_unet(path.with_name('tuned'), device)
+    new.source, new.target = (as_type(k, said[k], str | None) for k in ('source', 'target'))
+    new.recipe = said['recipe'] and override(Recipe(), **said['recipe'])
+    new.unet.info, new.tuned.info, new.named = said['models']['unet'], said['tuned'], dict(said['models'])
+    return new.check()

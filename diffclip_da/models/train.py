@@ -22,7 +22,7 @@ from ..diffusion.schedule import Schedule, linear_schedule
 from .load import load_unet
 from .loop import (TrainingLoop, bfloat16_or_not, moving_average, rate_factor,
                                      set_rate)
-from .unet import EpsUNet, fold_power, save_unet, small_unet
+from .unet import EpsUNet, fine_spectrum, save_unet, small_unet
 from ..store import canonical_hash, check_room, doing, remove_leftovers, tensor_hash
 
 # %% ../../nbs/08_train.ipynb #c2d4a0be
@@ -148,7 +148,7 @@ def training_identity(model: EpsUNet, images, labels) -> dict:
     """What a checkpoint is bound to beside its settings: the pictures, their labels and the
     architecture, as hashes."""
     config = {k: v for k, v in model.unet.config.items() if not k.startswith('_')}
-    network = canonical_hash([config, model.patch, model.n_classes, model.fold_power,
+    network = canonical_hash([config, model.patch, model.n_classes, model.spectrum,
                               model.v_schedule and model.v_schedule.name])
     return dict(images=tensor_hash(images)[:16],
                 labels=None if labels is None else tensor_hash(labels)[:16], network=network)
@@ -185,7 +185,7 @@ class Options:
     image_size: int = 64    # pixels
     v: bool = False         # predict velocity (notebook 07), its error weighed by (1 + SNR)^-0.5
     attention: int = 1      # levels of the network with self-attention, counted from the coarsest
-    # answer period two by the pictures' own spectrum (notebook 07), which needs --v; an --init may bring it
+    # answer the finest frequencies by the pictures' own spectrum (notebook 07), which needs --v; an --init may bring it
     calm: bool = False
     # start from this U-Net: "shipped" or a folder; its size and classes must fit, and attention that it lacks
     # begins by changing nothing
@@ -224,7 +224,7 @@ def initial_unet(options: Options, n_classes: int) -> EpsUNet:
         raise UserError(f'--init {options.init} has another architecture ({odd[:120]}); leave it out')
     for k, p in model.named_parameters():   # new attention adds nothing to begin with
         if k in missing.missing_keys and '.to_out.' in k: nn.init.zeros_(p)
-    model.fold_power = there.fold_power
+    model.spectrum = there.spectrum
     return model
 
 @friendly_exit
@@ -247,7 +247,7 @@ def main(argv=None) -> int:
     need = 3 * o.image_size**2 * len(source)   # a byte a value
     with doing('reading the pictures', need):
         pictures = training_pictures(source, o.image_size, Path(o.out) / 'pictures')
-    if o.calm: model.fold_power = fold_power(torch.as_tensor(pictures[:4096]).float() / 127.5 - 1)
+    if o.calm: model.spectrum = fine_spectrum(torch.as_tensor(pictures[:4096]).float() / 127.5 - 1)
     model, _ = train_diffusion(model, pictures, labels, linear_schedule(), cfg, o.out, device,
                                o.init)
     if processes()[0]: return 0
