@@ -186,9 +186,6 @@ def test_links_between_notebooks(name):
 
 
 # The scheme of a chapter: what it is for, what it asks, how long it takes; an exercise; three lines to keep.
-NOT_YET = {'01_core', '01b_store', '01c_settings', '01d_pictures', '04b_guidance', '05_ddim', '05b_walk', '06_data', '06b_align', '07b_published',
-           '07c_load', '07d_loop', '13_adapter', '13a_report', '13b_folder', '15_profile', '29b_bench', '30_classifier_guidance', '31_hspace', '32_mixing',
-           '33_gan', '34_shift'}
 
 
 def breaks_the_scheme(name):
@@ -210,8 +207,6 @@ def breaks_the_scheme(name):
 @every_notebook
 def test_scheme(name):
     missing = breaks_the_scheme(name)
-    if name in NOT_YET: assert missing, f'{name} keeps the scheme now: take it out of NOT_YET'
-    else: assert not missing, missing
+    assert not missing, missing
 
 
-def test_the_list_of_exemptions_names_notebooks(): assert NOT_YET <= set(NOTEBOOKS)

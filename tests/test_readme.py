@@ -39,7 +39,8 @@ ADDED = {  # command as README has it: what is added to it here
     '.venv/bin/diffclip-adapt photos/ --target "sketch" --out kept-sketches/ --save my-adapter/': TOY,
     '.venv/bin/diffclip-adapt more/ --adapter my-adapter/ --out more-sketches/': '',
     '.venv/bin/diffclip-adapt holiday/ --align --target "sketch" --out holiday-sketches/': TOY,
-    '.venv/bin/diffclip-adapt photos/ --target "a golden statue" --colour-weight 0 --out statues/': TOY,
+    '.venv/bin/diffclip-adapt photos/ --target "a watercolour" --colour-weight 0 --out watercolours/': TOY,
+    '.venv/bin/diffclip-adapt --list-looks --preview': '',
     '.venv/bin/diffclip-adapt photos/ --target "sketch" --clip ViT-B-16/openai --out by-openai/': TOY,
     '.venv/bin/python -m diffclip_da.models.train --images photos/ --out runs/unet': TINY_UNET,
     '.venv/bin/diffclip-adapt photos/ --unet runs/unet/model --target "sketch" --out by-my-unet/': TOY,
@@ -232,7 +233,7 @@ def test_a_command_that_is_refused_is_seen(reader, capsys):
 
 def test_what_the_commands_leave_behind(reader):
     reader.up_to(len(PARTS) - 1)
-    for out, names in dict(sketches='0 1 2 3', statues='0 1 2 3').items():
+    for out, names in dict(sketches='0 1 2 3', watercolours='0 1 2 3').items():
         assert sorted(p.stem for p in (reader.root/out/'images').glob('*.png')) == names.split(), out
         for name in ('contact_sheet.png', 'report.json', 'report.html'): assert (reader.root/out/name).exists()
     assert 'fox' in (reader.root/'animal-sketches/labels.csv').read_text()

@@ -28,6 +28,7 @@ from ..core import (UserError, command, friendly_exit, image_grid, local_device,
                               progress, to_pil)
 from ..data import ImageSet, csv_text, image_folder
 from ..diffusion.walk import Walk
+from ..models.looks import doubts, list_looks, preview
 from ..settings import override
 from ..store import (atomic_write, available_memory, canonical_hash, check_claim, check_room,
                                claim_folder, doing, jsonable, megabytes, read_json,
@@ -107,7 +108,8 @@ def check_means(adapter: Adapter, n: int, recipe: Recipe | None, out, save=None)
 @dataclass(frozen=True)
 class Options:
     """Turn a folder of photos into another domain that a few words describe.
-    Stopped or killed, the same command goes on where it was."""
+    Stopped or killed, the same command goes on where it was. `diffclip-adapt --list-looks` prints what the
+    shipped guide knows; with --preview, as a picture too."""
     folder: Annotated[str, tyro.conf.Positional] # photos (a folder or a zip); sub-folders are kept
     out: str                      # folder of the result, outside the photos
     target: str | None = None     # the domain wanted, such as "a pencil sketch"; an adapter brings its own
@@ -160,6 +162,7 @@ def say_plan(adapter: Adapter, images: ImageSet, bad: dict, words: tuple, recipe
     if bad: print(f'left out: {len(bad)} ({", ".join(list(bad)[:5])}{" ..." if len(bad) > 5 else ""})')
     for role, m in adapter.models.items():
         if m: print(f"  {role}: {m['name']} ({PROVENANCE_IN_WORDS.get(m['provenance'], m['provenance'])})")
+    for doubt in doubts(adapter.guide, *words) if recipe else (): print(f'  careful: {doubt}')
     own = getattr(adapter.unet, 'image_size', adapter.size)
     if own != adapter.size:
         print(f'  careful: this U-Net was trained at {own} px, and {adapter.size} px are asked for; '
@@ -326,6 +329,10 @@ def adapt_folder(folder, target: str | None = None, out=None, # photos; words fo
 def main(argv=None) -> int:
     "The command line `diffclip-adapt`."
     argv = sys.argv[1:] if argv is None else list(argv)
+    if '--list-looks' in argv:
+        print(list_looks())
+        if '--preview' in argv: print('wrote', preview('looks.png'), 'with a column for each, photos first')
+        return 0
     default = options_for(asked_unet(argv), folder=tyro.MISSING, out=tyro.MISSING)
     o = command(Options, argv, 'diffclip-adapt', default)
     try: adapt_with(o)

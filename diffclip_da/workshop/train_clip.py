@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['STYLE_NAMES', 'STYLE_WEIGHTS', 'STYLE_WORDS', 'AMBIGUOUS', 'ATTRIBUTES', 'UNSEEN_GENDER', 'SMALL', 'TEN_STYLES',
-           'TARGETS', 'wide_crop', 'draw_round', 'cached_round', 'person', 'Caption', 'draw_caption', 'draw_attributes',
-           'mentions', 'truth', 'contrastive_loss', 'probe_texts', 'balanced_bce', 'probe_loss', 'Anchors', 'reframe',
-           'disturb', 'ClipConfig', 'Pool', 'read_attributes', 'grayness', 'make_pool', 'draw_batch', 'text_meaning',
-           'encode', 'worst_case', 'clip_loss', 'pool_hash', 'train_clip', 'save_clip', 'attribute_prompts',
-           'zero_shot_accuracy', 'measure_styles', 'measure_clip', 'write_card', 'Options', 'main', 'command_line']
+           'TARGETS', 'wide_crop', 'draw_round', 'cached_round', 'taught', 'person', 'Caption', 'draw_caption',
+           'draw_attributes', 'mentions', 'truth', 'contrastive_loss', 'probe_texts', 'balanced_bce', 'probe_loss',
+           'Anchors', 'reframe', 'disturb', 'ClipConfig', 'Pool', 'read_attributes', 'grayness', 'make_pool',
+           'draw_batch', 'text_meaning', 'encode', 'worst_case', 'clip_loss', 'pool_hash', 'train_clip', 'save_clip',
+           'attribute_prompts', 'zero_shot_accuracy', 'measure_styles', 'measure_clip', 'write_card', 'Options', 'main',
+           'command_line']
 
 # %% ../../nbs/17_train_clip.ipynb #8a512964
 import sys
@@ -27,6 +28,7 @@ from ..data import ATTRIBUTE_WORDS, celeba, describe, fs2k
 from ..models.clip import PREPROCESS, TEMPLATES, class_features, fill, new_clip
 from ..models.identity import embed_all
 from ..models.load import load_guide
+from ..models.looks import words_in
 from ..models.loop import TrainingLoop, bfloat16_or_not, rate_factor, set_rate
 from ..store import atomic_write, canonical_hash, sha256_bytes, sha256_file, write_json
 from ..styles import STYLES, render
@@ -132,6 +134,15 @@ STYLE_WORDS = dict( # style: (seen wordings, unseen wordings)
      ('a tinted picture', 'a picture with a colour cast', 'a picture through coloured glass',
       'a picture in false colours', 'coloured light', 'a picture in one colour'),
      ('a strong colour cast', 'a photo through coloured glass')))
+
+def taught() -> dict: # looks: name -> wordings; words: sorted
+    "All that captions are made of, as `looks.json` ships it for chapter 09b."
+    texts = [t for seen, _ in STYLE_WORDS.values() for t in seen]
+    texts += [t for sides in ATTRIBUTE_WORDS.values() for side in sides for t in side]
+    texts += [*TEMPLATES, 'a person', 'an human face', 'the face of', 'a portrait of', 'the head of', 'showing',
+              'in the style of', 'and']
+    return dict(looks={k: seen for k, (seen, _) in STYLE_WORDS.items()},
+                words=sorted({w for t in texts for w in words_in(t)}))
 
 AMBIGUOUS = {w: ('charcoal', 'line_art', 'colour_pencil', 'chalk', 'cartoon')
              for w in ('a drawing', 'a sketch', 'a hand drawn sketch', 'a rough sketch',
@@ -592,6 +603,8 @@ def main(argv=None) -> int:
     pool = make_pool(o.celeba, o.fs2k, cfg, Path(o.work)/'drawings')
     model, _, _, seconds = train_clip(pool, cfg, o.work, log=lambda *s: print(*s, flush=True))
     files = save_clip(model, o.out)
+    write_json(Path(o.out)/'looks.json', taught())
+    files['looks.json'] = sha256_file(Path(o.out)/'looks.json')
     measured = measure_clip(load_guide(o.out), o.celeba, o.fs2k)
     print(write_card(o.out, files, measured, pool, cfg, seconds, command_line(cfg))['measured'])
     return 0
