@@ -65,7 +65,7 @@ def validate_record(record:dict):
 def save_figure(fig:plt.Figure, record:dict, # from `make_record`; names the figure and the profile
                 table:pd.DataFrame|None=None, # the plotted series, long form; None: the summary
                 root='figures') -> dict: # 'png', 'pdf', 'json', 'csv' -> Path
-    """Write `<root>/<profile>/<figure>.png .pdf .json .csv`, atomically.
+    """Write `<root>/<profile>/<figure>.png .pdf .json .csv`, atomically; no pdf of photos, which have no lines.
 
     The same figure and record give the same bytes."""
     validate_record(record)
@@ -76,6 +76,7 @@ def save_figure(fig:plt.Figure, record:dict, # from `make_record`; names the fig
         table = pd.DataFrame(rows)
     # matplotlib would store the time and its version, and bytes would differ from run to run
     plain = dict(png={'Software': None}, pdf={'CreationDate': None, 'Creator': None, 'Producer': None})
+    if any(ax.images for ax in fig.axes): plain.pop('pdf'); paths.pop('pdf').unlink(missing_ok=True)
     for ext, metadata in plain.items():
         buffer = io.BytesIO()
         fig.savefig(buffer, format=ext, metadata=metadata, bbox_inches='tight')
