@@ -1,7 +1,7 @@
 "clip and train_clip: the interface on a tiny random model, loading and its errors, the losses, resuming."
 import json, shutil
 
-import numpy as np, pytest, torch
+import numpy as np, open_clip, pytest, torch
 from torch.nn import functional as F
 
 from diffclip_da.models import clip as C
@@ -147,6 +147,14 @@ def test_quickgelu_follows_the_tag(monkeypatch):
     monkeypatch.setattr(C.open_clip, 'create_model', create)
     for tag in ('openai', 'laion2b_s34b_b88k'): load_guide('ViT-B-16', tag)
     assert asked == {'openai': True, 'laion2b_s34b_b88k': False}
+
+
+def test_a_guide_that_does_not_fit_in_memory_is_not_called_damaged(copy, monkeypatch):
+    def full(*args, **kw): raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes")
+    monkeypatch.setattr(open_clip, 'create_model', full)
+    for load in (lambda: load_guide(copy), lambda: load_guide('ViT-B-16', 'random')):
+        with pytest.raises(UserError, match='not enough memory for this guide.*take a smaller one') as e: load()
+        assert 'does not' not in str(e.value) and 'fetch' not in str(e.value)
 
 
 def test_broken_folders(copy):

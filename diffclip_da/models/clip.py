@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TEMPLATES', 'PREPROCESS', 'TINY', 'CLIP_FILES', 'fill', 'check_prompts', 'Clip', 'fit_image', 'new_clip', 'tiny_clip',
-           'ClipEnsemble', 'read_clip', 'check_clip', 'named_clip', 'class_features', 'zero_shot']
+           'ClipEnsemble', 'read_clip', 'refuse_if_too_large', 'check_clip', 'named_clip', 'class_features',
+           'zero_shot']
 
 # %% ../../nbs/09_clip.ipynb #f8a40827
 import logging, warnings
@@ -14,7 +15,7 @@ import open_clip, torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import UserError
+from ..core import UserError, ran_out_of_memory
 from ..store import (check_sha256, check_weights, read_json, read_tensors, sha256_file,
                                state_hash)
 
@@ -181,6 +182,7 @@ def read_clip(folder, name:str='', # for `info`; '': the folder's
     with _quiet():
         try: model = open_clip.create_model(f'local-dir:{folder}')
         except Exception as e:
+            refuse_if_too_large(e, weights)
             raise UserError(f'{weights} does not fit {folder/"open_clip_config.json"}: '
                             f'{str(e)[:300]}') from None
         check_clip(model, content, weights)
@@ -188,6 +190,13 @@ def read_clip(folder, name:str='', # for `info`; '': the folder's
                     dict(name=name, sha256=sha256_file(weights), provenance=provenance))
 
 # %% ../../nbs/09_clip.ipynb #0e6eb0ea
+def refuse_if_too_large(error, what): # a file, or a name
+    "`UserError` where memory ran out, which is no fault of the file."
+    if ran_out_of_memory(error):
+        raise UserError(f'{what}: there is not enough memory for this guide '
+                        f'({(str(error) or "MemoryError").splitlines()[0][:120]}); take a smaller one, or a '
+                        'machine with more') from None
+
 def check_clip(model, content, path):
     "`UserError` where a file's weights, or what was made of them, are no usable numbers."
     state = content.get('state_dict', content) if isinstance(content, dict) else {}
@@ -215,6 +224,7 @@ def named_clip(name:str, # of an architecture that open_clip knows, or 'hf-hub:o
                                                force_quick_gelu=quick,
                                                require_pretrained=pretrained != 'random')
         except Exception as e:
+            refuse_if_too_large(e, name)
             if is_file:
                 raise UserError(f'{pretrained} does not hold weights of {name}: {str(e)[:300]}') from None
             raise UserError(f'cannot fetch the weights of {name} ({pretrained or "hub"}): '
