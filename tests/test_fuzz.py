@@ -126,6 +126,17 @@ def fuzz(family: str, seeds: list, read, n: int, mutate=mutated, named: str = ''
     assert 0 < refused < tried                                                                    # both ends were reached
 
 
+def fuzz_files(family: str, root: Path, readers: dict, n: int, mutate): # a file's name below `root` -> what reads it
+    "`fuzz` for files that are read where they lie; after each input the good one is put back."
+    files = [(root/name, f, (root/name).read_bytes()) for name, f in readers.items()]
+    def read(b, k):
+        path, f, good = files[k]
+        path.write_bytes(b)
+        try: f()
+        finally: path.write_bytes(good)
+    fuzz(family, [good for _, _, good in files], read, n, mutate, named=str(root))
+
+
 # ---- pictures ---------------------------------------------------------------------------------------------------------------
 
 def pictures() -> list:
@@ -190,13 +201,7 @@ def test_json(tmp_path):
     def scheduler(): assert trained_for(tmp_path/'pipeline') is None or True
     readers = {'unet/config.json': unet, 'unet/diffclip.json': unet, 'pipeline/scheduler_config.json': scheduler, 'run.json': lambda: claim_folder(tmp_path/'run.json', 'k', inputs, tmp_path),
                'pack/blocks.json': packed, 'fs2k/anno_train.json': lambda: fs2k(pairs, labelled=True, attribute='Male')}
-    files = [(tmp_path/n, f, (tmp_path/n).read_bytes()) for n, f in readers.items()]
-    def read(b, k):
-        path, f, good = files[k]
-        path.write_bytes(b)
-        try: f()
-        finally: path.write_bytes(good)
-    fuzz('json', [good for _, _, good in files], read, 300, strange_json, named=str(tmp_path))
+    fuzz_files('json', tmp_path, readers, 300, strange_json)
 
 
 # ---- records with a checksum: an adapter's, a shard's, a stage's -------------------------------------------------------------
@@ -237,13 +242,7 @@ def test_records(tmp_path):
         if said is not None: assert [(r['id'], r['file']) for r in said['images']] == [(r['id'], r['file']) for r in kept['images']]
         run.done(0)
     readers = {'adapter/adapter.json': adapted, 'adapter/unet/diffclip.json': adapted, 'out/shards/00000.json': shard, 'step-k/stage.json': staged}
-    files = [(tmp_path/n, f, (tmp_path/n).read_bytes()) for n, f in readers.items()]
-    def read(b, k):
-        path, f, good = files[k]
-        path.write_bytes(b)
-        try: f()
-        finally: path.write_bytes(good)
-    fuzz('records', [good for _, _, good in files], read, 300, strange_record, named=str(tmp_path))
+    fuzz_files('records', tmp_path, readers, 300, strange_record)
 
 
 # ---- weights ----------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from diffclip_da.diffusion.schedule import linear_schedule
 from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.load import toy_models
 from diffclip_da.models.unet import tiny_unet
-from diffclip_da.related.bench import Bench, attribute_of, by_profile, mirrored
+from diffclip_da.models.train import mirrored
+from diffclip_da.related.bench import Bench, attribute_of, by_profile
 from diffclip_da.related.classifier_guidance import (NoisyClassifier, NoisyTraining, coverage, draw_labelled, figure30,
                                                      principal, train_noisy)
 from diffclip_da.related.gan import (Discriminator, GanConfig, GanState, Generator, diff_augment, figure33, gan_step,

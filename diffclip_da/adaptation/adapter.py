@@ -132,7 +132,7 @@ class Run:
             if said['key'] != self.what['key']: return None
             made = [r['adapted_sha256'] for r in said['images']]
             if said['images'] == self.rows(k, made) and all(isinstance(h, str) for h in made): return said
-        except (Damaged, KeyError, TypeError, AttributeError): pass
+        except (Damaged, KeyError, TypeError): pass
         self.tell(f'{path} is damaged: shard {k} is made anew')
         return None
 

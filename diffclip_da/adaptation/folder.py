@@ -9,7 +9,7 @@ __all__ = ['check_images', 'check_folders', 'bytes_written', 'memory_needed', 'c
            'asked_unet']
 
 # %% ../../nbs/13b_folder.ipynb #a30575fc
-import io, os, sys, time
+import os, sys, time
 from contextlib import contextmanager, suppress
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -185,9 +185,7 @@ def contact_sheet(before: ImageSet, after: ImageSet, path, size: int, n=12):
         blocks.append(image_grid(torch.cat([before.tensor(row, size), after.tensor(row, size)]), len(row)))
     width = max(b.shape[-1] for b in blocks)
     blocks = [torch.nn.functional.pad(b, (0, width - b.shape[-1], 0, 0), value=1.) for b in blocks]
-    buffer = io.BytesIO()
-    to_pil(torch.cat(blocks, 1)).save(buffer, format='PNG')
-    with atomic_write(path) as f: f.write(buffer.getvalue())
+    with atomic_write(path) as f: to_pil(torch.cat(blocks, 1)).save(f, format='PNG')
 
 def write_report(out, adapter: Adapter, images: ImageSet, adapted: ImageSet, bad: dict):
     """`report.json`, `report.html` to look at, and `labels.csv` where there are labels. Times are rough

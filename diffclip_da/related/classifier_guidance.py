@@ -25,7 +25,8 @@ from ..diffusion.guidance import classifier_guided, guided
 from ..diffusion.schedule import Schedule
 from ..models.identity import embed_all, frechet_distance
 from ..models.loop import TrainingLoop
-from .bench import Bench, mirrored
+from ..models.train import mirrored
+from .bench import Bench
 from ..store import canonical_hash, tensor_hash
 from ..study.figures import titled_rows
 from ..study.stats import over_images

@@ -27,8 +27,8 @@ from ..core import COLOURS, UserError, command, friendly_exit, from_uint8, new_g
 from ..data import celeba as celeba_photos, shipped_faces
 from ..models.identity import embed_all, frechet_distance
 from ..models.loop import TrainingLoop, moving_average
-from ..models.train import training_pictures
-from .bench import Bench, mirrored
+from ..models.train import mirrored, training_pictures
+from .bench import Bench
 from .classifier_guidance import principal
 from ..store import load_state, tensor_hash
 from ..study.figures import titled_rows

@@ -24,7 +24,8 @@ from sklearn.preprocessing import StandardScaler
 from ..adaptation.finetune import compute_latents
 from ..core import COLOURS, UserError, fold_seed, new_generator, set_style
 from ..diffusion.walk import Walk
-from .bench import Bench, attribute_of, judge_net, mirrored
+from ..models.train import mirrored
+from .bench import Bench, attribute_of, judge_net
 from .hspace import ClassMeans, combined, edit_latents, mean_difference, noised_bottleneck
 from ..study.classify import new_classifier, predict
 from ..study.experiment import Experiment
