@@ -3,6 +3,7 @@ PYTHON  ?= python3
 PROFILE ?= embedded
 CELEBA  ?=
 FS2K    ?=
+TARGET  ?=
 OUT     ?= runs/assets
 JUDGE   ?=
 OTHER   ?= $(patsubst %/card.json,%,$(wildcard runs/guide/clip/card.json))
@@ -37,18 +38,19 @@ figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELE
 	done
 	@ls figures/$(PROFILE)/*.png
 
-results: $(STAMP) $(GUIDE) ## Figures 23-29 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, JUDGE=file, OTHER=folder of a second guide, which is trained if there is none)
+results: $(STAMP) $(GUIDE) ## Figures 23-29, 35 and their page (PROFILE=celeba64 CELEBA=folder FS2K=folder, TARGET=folder of your own labelled target pictures, JUDGE=file, OTHER=folder of a second guide, which is trained if there is none)
 	@mkdir -p runs/$(PROFILE)
-	@for n in 23 24 25 26 27 28 29; do \
+	@for n in 35 23 24 25 26 27 28 29; do \
 	  case $$n in \
 	    27) set -- $(if $(JUDGE),-p judge "$(JUDGE)");; \
 	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(or $(OTHER),runs/guide/clip)";; \
+	    35) set -- $(if $(OTHER)$(GUIDE),-p other "$(or $(OTHER),runs/guide/clip)");; \
 	    *) set --;; \
-	  esac; $(WHOLE) $$(seq $$n 29))" \
+	  esac; $(WHOLE) $$(if [ $$n = 35 ]; then echo 35; seq 23 29; else seq $$n 29; fi))" \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
-	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(if $(FS2K),-p fs2k "$(FS2K)") "$$@" $(ARGS) || exit 1; \
+	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(if $(FS2K),-p fs2k "$(FS2K)") $(if $(TARGET),-p own "$(TARGET)") "$$@" $(ARGS) || exit 1; \
 	done
-	$(BIN)/python -m diffclip_da.study.page $(PROFILE) --out $(if $(filter celeba64,$(PROFILE)),RESULTS.md,figures/$(PROFILE)/RESULTS.md)
+	$(BIN)/python -m diffclip_da.study.page $(PROFILE) $(if $(TARGET),--own "$(TARGET)")
 
 .PHONY: related
 related: $(STAMP) ## Figures 30-34, the other systems of the paper (PROFILE, CELEBA, FS2K, JUDGE as above; runs/gan holds the GAN); killed, the same command goes on

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ATTRIBUTE_WORDS', 'MOST_TABLE', 'PARTITIONS', 'FS2K_ATTRIBUTES', 'DATASETS', 'SHARES', 'describe',
            'attribute_captions', 'few', 'ImageSet', 'csv_text', 'read_labels_csv', 'label_indices', 'image_folder',
-           'read_attribute', 'celeba', 'attribute_classes', 'fs2k', 'check_splits', 'labelled_split', 'shipped_faces',
-           'toy_faces', 'repo_root', 'find_folder', 'find_celeba', 'find_fs2k', 'Dataset', 'dataset', 'load_dataset']
+           'read_attribute', 'celeba', 'attribute_classes', 'fs2k_rows', 'fs2k', 'check_splits', 'labelled_split',
+           'shipped_faces', 'toy_faces', 'repo_root', 'find_folder', 'find_celeba', 'find_fs2k', 'Dataset', 'dataset',
+           'load_dataset']
 
 # %% ../nbs/06_data.ipynb #366927b8
 import csv, difflib, io, os, re
@@ -521,7 +522,7 @@ def _fs2k_labels(rows:dict, attribute:str, where) -> dict:
                         'the file again')
     return {i: values[str(r[column])] for i, r in rows.items()}
 
-def _fs2k_rows(root:Path, split:str) -> tuple: # (id -> row with `photo` and `sketch`, the file)
+def fs2k_rows(root:Path, split:str) -> tuple: # (id -> row with `photo` and `sketch`, the file)
     "Annotations of a split: as published, or all in annotations.json with paths of the images."
     published, own = root/f'anno_{split}.json', root/'annotations.json'
     if not own.exists() and not published.exists():
@@ -557,7 +558,7 @@ def fs2k(root,           # folder with the annotations and the images (a zip or 
         raise UserError(f"split {split!r} is none of 'train', 'test'")
     if kind not in ('sketch', 'photo'):
         raise UserError(f"kind {kind!r} is none of 'sketch', 'photo'")
-    rows, notes = _fs2k_rows(root, split)
+    rows, notes = fs2k_rows(root, split)
     zips = sorted(root.glob('*.zip'))
     if not (root/kind).is_dir() and not zips:
         raise UserError(f'{root}: neither a folder {kind}/ nor a zip of images')

@@ -168,7 +168,7 @@ LONG = [n for n in METHODS if n.endswith('_long')]
 @pytest.mark.parametrize('name', LONG)
 def test_every_long_row_sees_as_many_pictures(task, monkeypatch, name):
     seen = []
-    def spy(task, train, seed, tests, epochs, augment, before): seen.append((len(train[1]) * epochs, augment)); return None, None
+    def spy(task, train, seed, tests, epochs, augment, before, domains): seen.append((len(train[1]) * epochs, augment)); return None, None
     monkeypatch.setattr(baselines, 'cnn', spy)
     METHODS[name].fit(replace(task, training=Training(epochs=6)), 0)
     assert seen == [(LONGER * 6 * 20, moved_and_recoloured)]

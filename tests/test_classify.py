@@ -9,6 +9,7 @@ from diffclip_da.study.classify import (CLASSIFIERS, PaperCNN, SmallCNN, Trainin
                                         evaluate, logits_of, new_classifier, predict, score, selected_epoch,
                                         train_classifier)
 from diffclip_da.core import UserError
+from diffclip_da.models.clip import tiny_clip
 
 
 def blobs(n, seed=0, size=16, gap=.8):
@@ -199,3 +200,18 @@ def test_settings_are_one_object():
     pd.testing.assert_frame_equal(a, b, check_exact=True)
     assert Training() == Training('paper', 10, 32, 1e-3, 'float32')
     with pytest.raises(UserError, match="no classifier 'big'"): Training('big')
+
+
+@pytest.mark.parametrize('model', ['guide', 'tower'])
+def test_a_classifier_on_the_guide_is_one_like_any_other(model):
+    data, test, clip = blobs(32), blobs(20, 1), tiny_clip()
+    net, h = train_classifier(data, dict(t=test), epochs=3, batch_size=8, model=model, clip=clip)
+    losses = h[h.split == 'train'].loss.tolist()
+    assert predict(net, test[0]).shape == (20, 2) and np.isfinite(losses).all()
+    assert len(losses) == (1 if model == 'guide' else 3) and (model == 'tower' or at_epoch(h).accuracy['t'] > .8)
+    _, again = train_classifier(data, dict(t=test), epochs=3, batch_size=8, model=model, clip=clip)
+    pd.testing.assert_frame_equal(h, again, check_exact=True)
+
+
+def test_an_unknown_classifier_is_told_which_there_are():
+    with pytest.raises(UserError, match='no classifier .resnet.; there are: paper, small, guide, tower, timm:NAME'): Training(model='resnet')

@@ -228,23 +228,31 @@ GROUPS = {'source only': COLOURS['source'], 'words': COLOURS['adapted'], 'the gu
           'target pictures': COLOURS['target'], 'target labels': COLOURS['other']}
 
 def plot_methods(rows:pd.DataFrame, # columns method, sees (of `GROUPS`), test, mean, low, high
-                 tests:list, chance:float=.5) -> plt.Figure: # panels in order; 1 / number of classes
-    "A panel for each test set; methods sorted by the last."
+                 tests:list, chance:float=.5, # panels in order; 1 / number of classes
+                 groups:dict|None=None) -> plt.Figure: # question -> methods that answer it; None: one group
+    "A column for each test set, a row of panels for each question; methods sorted by the last test."
     set_style()
-    order = rows[rows.test == tests[-1]].sort_values('mean').method.tolist()
-    fig, axs = plt.subplots(1, len(tests), figsize=(12, .28 * len(order) + 1.6), sharey=True,
-                            layout='constrained')
-    for ax, k in zip(axs, tests):
-        r = rows[rows.test == k].set_index('method').loc[order]
-        for j, v in enumerate(r.itertuples()):
-            if pd.notna(v.low): ax.plot([v.low, v.high], [j, j], color=GROUPS[v.sees], lw=2, alpha=.5)
-            ax.plot(v.mean, j, 'o', color=GROUPS[v.sees])
-        ax.axvline(chance, ls='--', lw=1, color=COLOURS['other'])
-        ax.set(title=f'tested on {k}', xlabel='balanced accuracy', yticks=range(len(order)),
-               xlim=(min(chance - .1, r['mean'].min() - .02), 1.02),
-               yticklabels=[m.replace('_', ' ') for m in order])
+    there = rows[rows.test == tests[-1]].sort_values('mean').method.tolist()
+    orders = {q: [m for m in there if m in names] for q, names in (groups or {'': there}).items()}
+    orders = {q: o for q, o in orders.items() if o}
+    heights = [len(o) + .6 for o in orders.values()]
+    fig, axs = plt.subplots(len(orders), len(tests), figsize=(12, .28 * sum(heights) + .5 * len(orders) + 1.2),
+                            sharey='row', sharex='col', squeeze=False, height_ratios=heights, layout='constrained')
+    for row, (question, order) in zip(axs, orders.items()):
+        for ax, k in zip(row, tests):
+            r = rows[rows.test == k].set_index('method').loc[order]
+            for j, v in enumerate(r.itertuples()):
+                if pd.notna(v.low): ax.plot([v.low, v.high], [j, j], color=GROUPS[v.sees], lw=2, alpha=.5)
+                ax.plot(v.mean, j, 'o', color=GROUPS[v.sees])
+            ax.axvline(chance, ls='--', lw=1, color=COLOURS['other'])
+            ax.set(yticks=range(len(order)), ylim=(-.6, len(order) - .4),
+                   yticklabels=[m.replace('_', ' ') for m in order])
+        row[0].set_title(question, loc='left', fontsize=10, fontweight='bold')
+    for ax, k in zip(axs[-1], tests):
+        lowest = rows[rows.test == k]['mean'].min()
+        ax.set(xlabel=f'balanced accuracy on {k}', xlim=(min(chance - .1, lowest - .02), 1.02))
     handles = [plt.Line2D([], [], marker='o', ls='', color=c, label=g) for g, c in GROUPS.items()]
-    axs[-1].legend(handles=handles, title='sees of the target', loc='lower right', fontsize=8)
+    fig.legend(handles=handles, title='sees of the target', loc='outside upper right', ncols=len(GROUPS), fontsize=8)
     return fig
 
 # %% ../../nbs/15e_figures.ipynb #fc57bd14

@@ -20,11 +20,11 @@ from sklearn.linear_model import LogisticRegression
 from ..core import UserError
 from ..store import atomic_write, read_json
 from ..settings import setting
-from ..data import ImageSet, find_celeba, find_fs2k, read_attribute, repo_root
+from ..data import ImageSet, find_celeba, find_fs2k, fs2k_rows, read_attribute, repo_root
 from ..models.load import load_embedder
 from ..adaptation.finetune import device_of
 from ..adaptation.losses import text_direction
-from .baselines import METHODS, same_budget
+from .baselines import METHODS, QUESTIONS, same_budget
 from .classify import score
 from .evaluate import (Evaluation, closed, compare_methods, group_of, hash_of, manifest_of,
                                         variant)
@@ -109,7 +109,7 @@ def figure24(ev:Evaluation, methods=tuple(METHODS)) -> tuple: # (fig, record, ta
     gap = {m: closed(summary, m, tests[-1]) for m in methods if ends(m) <= set(methods)}
     numbers = dict(share_of_gap_closed=gap, documentation={m: METHODS[m].doc for m in methods})
     chance = 1 / len(ev.exp.splits['train'].classes)
-    fig = plot_methods(rows[rows.measure == 'balanced_accuracy'], tests, chance)
+    fig = plot_methods(rows[rows.measure == 'balanced_accuracy'], tests, chance, QUESTIONS)
     return finish_figure(ev, 'figure24', fig, numbers, summary, rows)
 
 # %% ../../nbs/15f_outside.ipynb #e464f174
@@ -242,8 +242,8 @@ def test_groups(ev:Evaluation) -> dict: # 'adapted' and the target's name -> gro
             for a in GROUP_ATTRIBUTES if a in known for v in (1, 0)}
     if ev.name != 'fs2k': return {'adapted': mine, ev.name: {}}
     images = ev.target['test']
-    rows = {r['sketch']: r for r in read_json(find_fs2k(ev.fs2k)/'annotations.json')}
-    table = pd.DataFrame([rows[images.files[i]] for i in images.ids])
+    rows, _ = fs2k_rows(find_fs2k(ev.fs2k), 'test')
+    table = pd.DataFrame([rows[i] for i in images.ids])
     theirs = {f'{k} = {v}': (table[k] == v).to_numpy()
               for k in FS2K_GROUPS if k in table for v in sorted(set(table[k]))}
     return {'adapted': mine, ev.name: theirs}

@@ -17,7 +17,7 @@ from ..diffusion.walk import Walk
 from ..models.load import load_embedder, load_guide, load_unet
 from ..models.loop import fast_dtype
 from ..settings import override
-from .classify import CLASSIFIERS, Training
+from .classify import Training, maker_of
 
 # %% ../../nbs/15_profile.ipynb #6d94ae9a
 @dataclass(frozen=True)
@@ -71,13 +71,12 @@ def get_profile(name: str, **overrides # settings by bare or full name; None kee
         if v < 1: raise UserError(f'{k} = {v}: must be 1 or more')
     if not p.seeds or len(set(p.seeds)) < len(p.seeds):
         raise UserError(f'seeds = {p.seeds}: give one or more, all different')
-    if p.training.model not in CLASSIFIERS:
-        raise UserError(f"model = {p.training.model!r}; there are: {', '.join(CLASSIFIERS)}")
+    maker_of(p.training.model)
     return p
 
 def given(namespace: dict, *own: str) -> dict: # a notebook's globals(); its parameters that are no setting
     "A notebook's parameters: every plain value but the folders, `profile` and its `own`."
-    skip = {'profile', 'celeba', 'fs2k', 'In', 'Out', *own}
+    skip = {'profile', 'celeba', 'fs2k', 'own', 'In', 'Out', *own}
     plain = lambda v: v is None or isinstance(v, (bool, int, float, str, list, tuple))
     return {k: v for k, v in namespace.items() if not k.startswith('_') and k not in skip and plain(v)}
 

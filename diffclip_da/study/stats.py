@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MEASURES', 't_interval', 'over_seeds', 'image_interval', 'over_images', 'paired', 'recalls', 'hit_rates',
-           'paired_bootstrap', 'summarise', 'tolerances', 'gap_closed', 'correlation']
+           'recall_bootstrap', 'paired_bootstrap', 'summarise', 'tolerances', 'gap_closed', 'correlation']
 
 # %% ../../nbs/15a_stats.ipynb #cddf674e
 from collections.abc import Sequence
@@ -71,6 +71,16 @@ def recalls(hit, y) -> np.ndarray: # both [..., n]: 0 to 1; labels -> [...]
 def hit_rates(y, p) -> np.ndarray: # labels [n]; probabilities [seeds, n, K] -> [n]
     "The share of the seeds that are right on each image."
     return (np.asarray(p).argmax(-1) == np.asarray(y)).mean(0)
+
+def recall_bootstrap(y, ours, # labels [n]; probabilities [runs, n, K]
+                     n_resamples:int=2000, seed:int=0) -> dict:
+    "Balanced accuracy with its 95 % interval over test images, as a summary entry."
+    y, a = np.asarray(y), hit_rates(y, ours)
+    def value(y, a, axis=-1): return recalls(a, y)
+    ci = stats.bootstrap((y, a), value, paired=True, vectorized=True, n_resamples=n_resamples,
+                         method='percentile', rng=np.random.default_rng(seed)).confidence_interval
+    how = f'percentile bootstrap, 95 %, over {len(y)} test images, {n_resamples} resamples, mean over runs'
+    return dict(mean=float(recalls(a, y)), ci95=[float(c) for c in ci], n_seeds=len(ours), interval=how)
 
 def paired_bootstrap(y, ours, theirs, # labels [n]; probabilities [seeds, n, K], twice
                      n_resamples:int=2000, seed:int=0) -> dict:
