@@ -1,4 +1,5 @@
 "Figures 23 to 29 in small on the shipped assets, as papermill runs them."
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,14 +8,15 @@ import torch
 
 from diffclip_da.study import experiment, outside
 from diffclip_da.study.baselines import METHODS
-from diffclip_da.core import UserError
+from diffclip_da.core import UserError, to_pil
 from diffclip_da.store import read_json
-from diffclip_da.study.evaluate import Evaluation, variant
+from diffclip_da.study.evaluate import Evaluation, open_evaluation, variant
 from diffclip_da.study.experiment import Experiment
 from diffclip_da.adaptation.losses import text_direction
-from diffclip_da.study.outside import Judge, attribute_table, figure26, figure28, figure29, judge_labels, lean, with_labelled
+from diffclip_da.study.outside import Judge, attribute_table, figure24, figure26, figure28, figure29, judge_labels, lean, with_labelled
 from diffclip_da.study.page import CHAPTERS, main, percent
 from diffclip_da.study.profile import get_profile, given
+from diffclip_da.study.unlabelled import figure35
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(profile='embedded', dtype='float32', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
@@ -131,3 +133,38 @@ def test_the_judge_reads_the_classes_whatever_their_number(tmp_path):
     judge.after = 1 - judge.photo['test']
     assert judge_labels(ev, judge).flipped.all() and not judge_labels(ev, judge).flipped_filter.any()
     assert attribute_table(ev, ev.exp.splits['test'])['Male'].tolist() == y['test'].tolist()
+
+
+def own_pictures(root, classes, n=12):
+    "A folder for each class, with as many different pictures in it."
+    g = torch.Generator().manual_seed(0)
+    for k, c in enumerate(classes):
+        for j in range(n):
+            (root/c).mkdir(parents=True, exist_ok=True)
+            x = (.3 * torch.randn(3, 16, 16, generator=g) + .5 * k - .4).clamp(-1, 1)
+            to_pil(x).save(root/c/f'{j:02}.png')
+    return root
+
+
+@pytest.mark.parametrize('classes', [('male', 'female'), ('cat', 'dog', 'fox')])
+def test_a_target_of_ones_own_gets_the_same_figures_and_page(classes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(experiment, 'default_device', lambda: torch.device('cpu'))
+    target, photos = own_pictures(tmp_path/'fs2k', classes), own_pictures(tmp_path/'photos', classes, 40)
+    how = dict(n_train=12, n_valid=4, n_test=6, balanced=True, unet='toy', clip='toy', embedder='toy', size=16, n_images=4, passes=1, epochs=1,
+               seeds='0', dataset='folder')
+    ev = open_evaluation('toy', str(photos), dtype='float32', own=str(target), **how)
+    assert ev.name == 'own fs2k' and set(ev.target) == {'train', 'test'} and ev.target['test'].classes == ev.exp.splits['train'].classes
+    figure24(ev, ('source_only', 'adapted', 'oracle'))
+    _, r, _ = figure35(ev, sizes=(12,), draws=2)
+    assert r['data']['target']['name'] == 'own fs2k' and 'guide/adapted/m=16/own fs2k/balanced_accuracy' in r['summary']
+    assert main(['toy', '--own', str(target)]) == 0
+    page = (tmp_path/'figures/own fs2k/toy/RESULTS.md').read_text(encoding='utf-8')
+    assert page.startswith('# Results: toy, tested on own fs2k\n\n1. **A classifier on the guide') and 'figure35.png' in page
+    assert len(re.findall(r'Not run yet', page)) == len(CHAPTERS) - 2
+
+
+def test_a_target_of_other_classes_is_refused_before_any_work(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match='cat, dog, the source has'): open_evaluation('embedded', own=str(own_pictures(tmp_path/'drawn', ('cat', 'dog'))))
+    assert not (tmp_path/'runs').exists() and not (tmp_path/'figures').exists()
