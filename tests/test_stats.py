@@ -6,7 +6,7 @@ from scipy import stats
 from sklearn.metrics import balanced_accuracy_score
 
 from diffclip_da.study.stats import (correlation, gap_closed, hit_rates, image_interval, over_images, over_seeds, paired,
-                                     paired_bootstrap, recalls, summarise, t_interval, tolerances)
+                                     paired_bootstrap, recall_bootstrap, recalls, summarise, t_interval, tolerances)
 
 
 def test_intervals_are_scipys():
@@ -98,3 +98,11 @@ def test_the_interval_of_a_share_ends_at_one():
     assert over_seeds([.0, .01, .02], share=True)['ci95'][0] == 0 and over_seeds([.5], share=True)['ci95'] is None
     rows = [dict(seed=s, epoch=1, split=split, accuracy=a, balanced_accuracy=a, auroc=a) for s, a in enumerate((.98, .99, 1.)) for split in ('train', 'valid')]
     assert summarise(pd.DataFrame(rows), {})['train_auroc']['ci95'][1] == 1
+
+
+def test_shares_over_images_end_at_nothing_and_all():
+    few = [0.] * 19 + [1.]
+    assert over_images(few)['ci95'][0] < 0 == over_images(few, share=True)['ci95'][0]
+    y, p = np.array([0, 0, 0, 1]), np.eye(2)[[[0, 0, 1, 1], [0, 0, 0, 1]]]
+    s = recall_bootstrap(y, p)
+    assert s['mean'] == pytest.approx((2.5 / 3 + 1) / 2) and s['ci95'][0] <= s['mean'] <= s['ci95'][1] <= 1 and s['n_seeds'] == 2

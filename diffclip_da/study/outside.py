@@ -283,10 +283,12 @@ def figure27(ev:Evaluation, judge:str='') -> tuple: # see `load_judge` -> (fig, 
     table, images, groups = judge_attributes(ev, reader), judge_labels(ev, reader), subgroup_errors(ev)
     for k, c in enumerate(classes):
         for m in ('flipped', 'flipped_filter', 'identity_cosine'):
-            summary[f'{m}/{c}'] = over_images(images[images.label == k][m].astype(float))
+            values = images[images.label == k][m].astype(float)
+            summary[f'{m}/{c}'] = over_images(values, share=m != 'identity_cosine')
     for r in groups.itertuples():
         summary[f'error/{r.method}/{r.test}/{r.group}'] = dict(
-            mean=r.error, ci95=r.ci95, n_seeds=len(exp.profile.seeds), n_images=r.n,
+            mean=r.error, ci95=r.ci95 and [float(c) for c in np.clip(r.ci95, 0, 1)],
+            n_seeds=len(exp.profile.seeds), n_images=r.n,
             interval=over_seeds([r.error])['interval'])
     worst = images.sort_values(['flipped', 'confidence_lost'], ascending=False).index[:10].tolist()
     before, after = (exp.tensors('test', d)[0][worst] for d in ('original', 'adapted'))

@@ -21,6 +21,7 @@ from ..settings import differing, flatten
 from ..store import atomic_write, read_json
 from .baselines import LONGER, METHODS, QUESTIONS, same_budget
 from .evaluate import closed, figures_of, group_of
+from .outside import WHERE
 
 # %% ../../nbs/15d_page.ipynb #54fd19a9
 def percent(s:dict|None, digits:int=1) -> str: # a summary entry
@@ -127,7 +128,7 @@ def plain_section(record:dict) -> str: # all there is
 
 # %% ../../nbs/15d_page.ipynb #8cfb44a2
 def picked(record:dict, pattern:str, # a regular expression with groups `row` and `column`; %T% is the target's name
-           shown:str='percent', most:int=10) -> pd.DataFrame: # 'percent' or 'plain'
+           shown:str='percent', most:int=11) -> pd.DataFrame: # 'percent' or 'plain'
     "A small table of a record: a row and a column for each key that matches."
     form = re.compile(pattern.replace('%T%', re.escape(record['data']['target']['name'])))
     cells = {}
@@ -287,7 +288,7 @@ def page_of(profile:str, figures, path, # a folder with <profile>/figureN.json; 
     records = records_in(figures/profile)
     target = next((r['data']['target']['name'] for r in records.values()), '')
     found = findings(records) or ['Nothing has been run yet for this profile.']
-    title = f'# Results: {profile}' + (f', tested on {target}' if target else '')
+    title = f'# Results: {profile}' + (f', tested on {WHERE.get(target, target)}' if target else '')
     parts = [title, '\n'.join(f'{k}. {f}' for k, f in enumerate(found, 1))]
     beside = os.path.relpath(figures/profile, path.parent)
     if FIRST in records: parts.append(f'![{CHAPTERS[FIRST].title}]({beside}/{FIRST}.png)')

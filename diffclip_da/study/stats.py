@@ -44,9 +44,12 @@ def image_interval(share:float, n:int) -> list[float]: # [low, high]
     ci = stats.binomtest(round(share * n), n).proportion_ci(method='wilson')
     return [float(ci.low), float(ci.high)]
 
-def over_images(values) -> dict: # one number for each test image, of one run
+def over_images(values, share:bool=False # one number for each test image, of one run; see `over_seeds`
+               ) -> dict:
     "A summary entry: mean and Student's interval over test images."
-    return dict(t_interval(values), n_seeds=1, n_images=len(values),
+    s = t_interval(values)
+    if share and s['ci95']: s['ci95'] = [float(c) for c in np.clip(s['ci95'], 0, 1)]
+    return dict(s, n_seeds=1, n_images=len(values),
                 interval='Student, 95 %, over the test images')
 
 # %% ../../nbs/15a_stats.ipynb #36e4a8f0
