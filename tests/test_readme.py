@@ -53,8 +53,7 @@ ADDED = {  # command as README has it: what is added to it here
 REPLACED = {  # in README's Python: what stands there, what runs here
     'target="sketch")': 'target="sketch", recipe=Recipe(n_images=2, views=2, n_crops=1))',
     'walk=Walk(t0=400)': 'walk=Walk(t0=400, n=2)',
-    'from_pretrained("shipped")': 'from_pretrained("shipped", walk=Walk(t0=400, n=2))',
-    'dict(drawn=test))': 'dict(drawn=test), epochs=1)'}
+    'from_pretrained("shipped")': 'from_pretrained("shipped", walk=Walk(t0=400, n=2))'}
 
 
 FENCED = re.findall(r'^```(\w*)\n(.*?)^```$', README, re.M | re.S)  # (language, text)

@@ -7,7 +7,7 @@ import pytest
 from diffclip_da.study.evaluate import Evaluation, manifest_of
 from diffclip_da.study.experiment import Experiment
 from diffclip_da.study.profile import get_profile
-from diffclip_da.study.unlabelled import (SETS, UNLABELLED, answers, called, difference, domains_of, entries, features_of, fit_regression,
+from diffclip_da.study.unlabelled import (SETS, UNLABELLED, answers_of, called, difference, domains_of, entries, features_of, fit_regression,
                                           shift_of_shares, skewed, some, training_sets, unlabelled_curve)
 
 
@@ -84,6 +84,6 @@ def test_features_are_cached_by_pictures_and_guide(toy, monkeypatch):
 def test_all_pictures_are_one_answer_and_shares_have_two_ways(toy):
     ev, clip, d = toy
     probe = fit_regression(training_sets(ev, clip, ('photos',))['photos'])
-    assert [answers(probe, d, m, 3).shape for m in (0, 4, None)] == [(1, len(d.test[1]), 2), (3, len(d.test[1]), 2), (1, len(d.test[1]), 2)]
+    assert [answers_of(probe, d, m, 3).shape for m in (0, 4, None)] == [(1, len(d.test[1]), 2), (3, len(d.test[1]), 2), (1, len(d.test[1]), 2)]
     s = shift_of_shares(ev, clip, d, 1., m=8, draws=2)
     assert len(s) == 10 and {k.split('/')[2] for k in s} == {'plain', 'em'}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SETS', 'UNLABELLED', 'OTHERS', 'SHARES', 'SHOWN', 'called', 'targets_of', 'Domain', 'features_of', 'seen_by_guide',
-           'domains_of', 'some', 'answers', 'training_sets', 'entries', 'difference', 'zero_shot_answer',
+           'domains_of', 'some', 'answers_of', 'training_sets', 'entries', 'difference', 'zero_shot_answer',
            'unlabelled_curve', 'skewed', 'shift_of_shares', 'series', 'plot_unlabelled', 'all_targets', 'figure35']
 
 # %% ../../nbs/15g_unlabelled.ipynb #d6268c07
@@ -75,7 +75,7 @@ def some(z, m: int | None, draw: int) -> np.ndarray: # features of all unlabelle
     if m is None or m >= len(z): return z
     return z[np.random.default_rng(fold_seed(0, 'unlabelled', draw)).permutation(len(z))[:m]]
 
-def answers(probe: Probe, d: Domain, m: int | None, draws: int, shares: bool = True) -> np.ndarray: # -> [draws, n, K]
+def answers_of(probe: Probe, d: Domain, m: int | None, draws: int, shares: bool = True) -> np.ndarray: # -> [draws, n, K]
     "Probabilities for a domain's test pictures, with m unlabelled ones at hand."
     pool = d.train[0]
     once = m == 0 or m is None or m >= len(pool)
@@ -119,7 +119,7 @@ def unlabelled_curve(ev: Evaluation, clip, domains: dict, head: str = 'guide', #
         best = fit_regression([d.train], k, strength or choose_strength([d.train], d.train[0], k)[0])
         oracle = softmax(best.logits(d.test[0]))[None]
         for m in ms:
-            p_of = {n: answers(q, d, m, draws) for n, q in probes.items()} | dict(zero_shot=zero, oracle=oracle)
+            p_of = {n: answers_of(q, d, m, draws) for n, q in probes.items()} | dict(zero_shot=zero, oracle=oracle)
             for n, q in p_of.items():
                 summary |= {f'{head}/{n}/{called(m)}/{target}/{c}': s for c, s in entries(y, q).items()}
             for o in OTHERS:
