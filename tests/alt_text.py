@@ -1,5 +1,6 @@
 """Alt text of the notebooks' pictures: copied from a cell's line `#| fig-alt: ...` (Quarto's cell option) into its stored outputs, where
-nbconvert reads it. Run it after outputs were refreshed: `python tests/alt_text.py`."""
+nbconvert reads it; and progress bars, which are of no use to a reader, taken out of the stored outputs. Run it after outputs were refreshed:
+`python tests/alt_text.py`."""
 import json, re
 from pathlib import Path
 
@@ -17,10 +18,16 @@ def said(cell) -> str|None:
     return found and found[1].strip()
 
 
+def is_bar(output) -> bool:
+    "Whether an output is what a progress bar left behind, as a terminal or a log shows it."
+    return output.get('name') == 'stderr' and bool(re.search(r'\r|\d+/\d+, [\d:]+ left', ''.join(output['text'])))
+
+
 def describe(nb) -> list:
     "Put the text beside every picture; ids of the cells that have a picture and no text."
     missing = []
     for cell in nb['cells']:
+        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if not is_bar(o)]
         for output, mime in pictures(cell):
             if said(cell): output['metadata'] = {**output.get('metadata', {}), mime: dict(alt=said(cell))}
             else: missing.append(cell['id'])

@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import pytest
-from alt_text import pictures, said
+from alt_text import is_bar, pictures, said
 from check_house import ENTRY
 from openings import OPENING, colab_line, git_url, opening_of
 from test_your_turn import EXERCISES
@@ -78,6 +78,12 @@ def test_pictures_are_described_in_words(name):
         for o, mime in pictures(c):
             assert said(c), f'cell {c["id"]}: add a line "#| fig-alt: what the picture shows", then run tests/alt_text.py'
             assert o['metadata'][mime]['alt'] == said(c), f'cell {c["id"]}: run tests/alt_text.py'
+
+
+@every_notebook
+def test_no_progress_bar_is_stored(name):
+    assert not [o for o in outputs(name) if is_bar(o)], 'run tests/alt_text.py'
+    assert is_bar(dict(name='stderr', text='\rtraining:  5%| 7/300')) and not is_bar(dict(name='stderr', text='error: give a folder'))
 
 
 @every_notebook
