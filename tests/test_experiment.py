@@ -174,6 +174,15 @@ def test_compare_records(toy):
         compare_records(dict(record, config=dict(record['config'], training=dict(record['config']['training'], epochs=3))), record)
 
 
+def test_a_record_from_before_a_setting_had_its_default(toy):
+    record = toy[1]['figure3'][0]
+    old = json.loads(json.dumps(record))
+    del old['config']['training']['strength']
+    assert compare_records(record, old).ok.all()
+    with pytest.raises(UserError, match='settings differ: training.strength = 2.0 and 1.0'):
+        compare_records(dict(record, config=dict(record['config'], training=dict(record['config']['training'], strength=2.))), old)
+
+
 def test_compare_command(toy, tmp_path, capsys):
     saved = toy[0]/'figures'/'toy'/'figure3.json'
     off = read_json(saved)

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['WORDS', 'PLURAL', 'Experiment', 'history_of', 'caption', 'describe_sets', 'majority_share', 'experiment_record',
            'training_figure', 'figure3', 'figure4', 'measure_adaptation', 'spectra', 'peaks', 'lattice', 'figure2',
-           'compare_records', 'Figures', 'Compare', 'main']
+           'settings_of', 'compare_records', 'Figures', 'Compare', 'main']
 
 # %% ../../nbs/15_experiment.ipynb #4e42de99
 import contextlib, sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from ..core import (UserError, command, default_device, friendly_exit, new_gener
                               progress, side_by_side)
 from ..data import DATASETS, ImageSet, check_splits, repo_root
 from ..models.clip import zero_shot
-from ..settings import differing
+from ..settings import differing, flatten
 from ..store import (canonical_hash, code_hash, read_json, stage, stage_folder, versions,
                                    write_json)
 from ..styles import LUMA
@@ -285,11 +285,15 @@ def figure2(exp: Experiment, n: int = 4) -> tuple: # images of each class -> (fi
     return fig, record, table
 
 # %% ../../nbs/15_experiment.ipynb #ed3f83f7
+def settings_of(record: dict) -> dict: # name -> value, flat
+    "A record's settings; one that came later had what is now the profile's default."
+    return flatten(asdict(PROFILES[record['profile']])) | flatten(record['config'])
+
 def compare_records(new: dict, committed: dict) -> pd.DataFrame: # metric, new, committed, ..., ok
     "Does `new` agree with `committed` within its tolerances? `UserError` if figure or settings differ."
     for k in ('figure', 'profile'):
         if new[k] != committed[k]: raise UserError(f'cannot compare: {k} is {new[k]!r} and {committed[k]!r}')
-    if differ := differing(new['config'], committed['config']):
+    if differ := differing(settings_of(new), settings_of(committed)):
         said = ', '.join(f'{k} = {a!r} and {b!r}' for k, a, b in differ)
         raise UserError(f'cannot compare, the settings differ: {said}')
     rows = []

@@ -75,7 +75,8 @@ def some(z, m: int | None, draw: int) -> np.ndarray: # features of all unlabelle
     if m is None or m >= len(z): return z
     return z[np.random.default_rng(fold_seed(0, 'unlabelled', draw)).permutation(len(z))[:m]]
 
-def answers_of(probe: Probe, d: Domain, m: int | None, draws: int, shares: bool = True) -> np.ndarray: # -> [draws, n, K]
+def answers_of(probe: Probe, d: Domain, m: int | None, draws: int,
+               shares: bool = True) -> np.ndarray: # see `target_scale` -> [draws, n, K]
     "Probabilities for a domain's test pictures, with m unlabelled ones at hand."
     pool = d.train[0]
     once = m == 0 or m is None or m >= len(pool)
