@@ -31,7 +31,7 @@ from .evaluate import (Evaluation, closed, compare_methods, group_of, hash_of, m
 from .experiment import Experiment, caption, describe_sets, experiment_record
 from .figures import (captioned, plot_guides, plot_losses, plot_methods, plot_prompts, plot_scripts,
                                        plot_sweeps, plot_targets, save_figure)
-from .stats import (MEASURES, correlation, over_images, over_seeds, recalls, t_interval,
+from .stats import (MEASURES, clipped, correlation, over_images, over_seeds, recalls, t_interval,
                                      tolerances)
 
 # %% ../../nbs/15f_outside.ipynb #731772c7
@@ -287,8 +287,7 @@ def figure27(ev:Evaluation, judge:str='') -> tuple: # see `load_judge` -> (fig, 
             summary[f'{m}/{c}'] = over_images(values, share=m != 'identity_cosine')
     for r in groups.itertuples():
         summary[f'error/{r.method}/{r.test}/{r.group}'] = dict(
-            mean=r.error, ci95=r.ci95 and [float(c) for c in np.clip(r.ci95, 0, 1)],
-            n_seeds=len(exp.profile.seeds), n_images=r.n,
+            mean=r.error, ci95=clipped(r.ci95), n_seeds=len(exp.profile.seeds), n_images=r.n,
             interval=over_seeds([r.error])['interval'])
     worst = images.sort_values(['flipped', 'confidence_lost'], ascending=False).index[:10].tolist()
     before, after = (exp.tensors('test', d)[0][worst] for d in ('original', 'adapted'))

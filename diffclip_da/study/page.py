@@ -89,7 +89,7 @@ class Methods:
             text.append(f"Better rows of any kind, oracle aside: {', '.join(better)}.")
         return ' '.join(text)
 
-    def table(self, bold:set, names:list|None=None) -> pd.DataFrame: # the rows to print bold; None: all rows
+    def table(self, bold:set, names:list) -> pd.DataFrame: # the rows to print bold; all of them
         "Rows, best first."
         def row(m):
             mark = (lambda text: f'**{text}**') if m in bold else str
@@ -99,7 +99,6 @@ class Methods:
                     self.test: mark(percent(self.entry(m))),
                     'accuracy': plain('accuracy'), 'AUROC': plain('auroc'),
                     'against photos, same budget': percent(self.gain(m))}
-        names = self.names if names is None else names
         return pd.DataFrame([row(m) for m in sorted(names, key=self.value, reverse=True)])
 
 # %% ../../nbs/15d_page.ipynb #0950ba88
@@ -157,57 +156,61 @@ class Chapter:
 
 CHAPTERS = dict(
     figure35=Chapter(
-        'What adapted pictures hold', 'What can be learnt from adapted photos, when the classifier is one that a '
-                                      'user would choose: a regression on the guide\'s features, with a few '
-                                      'unlabelled pictures of the target?',
-        'The guide has seen hand-drawn sketches in its own training, without labels of the person. The penalty was '
-        'chosen without a label of the target; keys `guide_untuned` in the record show how much hangs on it. '
-        'FS2K\'s test pictures were looked at often while this was built.',
-        r'guide/(?P<row>\w+?)/(?P<column>m=(?:0|words|16|all))/%T%/balanced_accuracy', legend='Rows: what the '
-                                                                                              'classifier is '
-                                                                                              'trained on. Columns: '
-                                                                                              'unlabelled pictures '
-                                                                                              'of the target that '
-                                                                                              'it may see; *words* '
-                                                                                              'guesses their mean '
-                                                                                              'from two texts.'),
+        'What adapted pictures hold',
+        asked='What can be learnt from adapted photos, when the classifier is one that a user would choose: '
+              "a regression on the guide's features, with a few unlabelled pictures of the target?",
+        careful='The guide has seen hand-drawn sketches in its own training, without labels of the person. The penalty '
+                'was chosen without a label of the target; keys `guide_untuned` in the record show how much hangs on '
+                "it. FS2K's test pictures were looked at often while this was built.",
+        pattern=r'guide/(?P<row>\w+?)/(?P<column>m=(?:0|words|16|all))/%T%/balanced_accuracy',
+        legend='Rows: what the classifier is trained on. Columns: unlabelled pictures of the target that it may see; '
+               '*words* guesses their mean from two texts.'),
     figure23=Chapter(
-        'The target from outside', 'Does the paper\'s network, trained on photos or on adapted photos, read '
-                                   'sketches that nobody generated?',
-        'Drawings by another prompt, another fine-tuning or a filter are made from CelebA\'s own test photos: they '
-        'test the style, not the people. Three seeds.',
-        r'(?P<column>source_only|adapted)/(?P<row>[^/]+)/balanced_accuracy', legend='Rows: test pictures. Columns: '
-                                                                                    'training pictures.'),
+        'The target from outside',
+        asked="Does the paper's network, trained on photos or on adapted photos, read sketches that nobody generated?",
+        careful="Drawings by another prompt, another fine-tuning or a filter are made from CelebA's own test photos: "
+                'they test the style, not the people. Three seeds.',
+        pattern=r'(?P<column>source_only|adapted)/(?P<row>[^/]+)/balanced_accuracy',
+        legend='Rows: test pictures. Columns: training pictures.'),
     figure24=Chapter(
-        'Baselines', 'Is there a simpler way to the same accuracy?',
-        'The best of so many rows is the best by luck, too. Rows that were added after a look at the test pictures '
-        'say so where they are defined (notebook 15b).'),
+        'Baselines',
+        asked='Is there a simpler way to the same accuracy?',
+        careful='The best of so many rows is the best by luck, too. Rows that were added after a look at the test '
+                'pictures say so where they are defined (notebook 15b).'),
     figure25=Chapter(
-        'How little is enough', 'How many labelled photos, how many for the fine-tuning, how many steps?',
-        'Three seeds and one test set see differences of five points or more. Few photos mean few updates, too.',
-        r'(?P<row>labelled photos=\d+)/(?P<column>source_only|adapted)/%T%/balanced_accuracy',
+        'How little is enough',
+        asked='How many labelled photos, how many for the fine-tuning, how many steps?',
+        careful='Three seeds and one test set see differences of five points or more. Few photos mean few updates, '
+                'too.',
+        pattern=r'(?P<row>labelled photos=\d+)/(?P<column>source_only|adapted)/%T%/balanced_accuracy',
         legend="The paper's network on the target; the other sweeps are in the figure."),
     figure26=Chapter(
-        'Prompts', 'What do other words do?', 'An accuracy on sketches says nothing about how good a watercolour is.',
-        r'(?P<row>[^/]+)/%T%/(?P<column>balanced_accuracy)', legend='Trained on photos adapted by these words, '
-                                                                    'tested on the target.'),
+        'Prompts',
+        asked='What do other words do?',
+        careful='An accuracy on sketches says nothing about how good a watercolour is.',
+        pattern=r'(?P<row>[^/]+)/%T%/(?P<column>balanced_accuracy)',
+        legend='Trained on photos adapted by these words, tested on the target.'),
     figure27=Chapter(
-        'What adaptation keeps and loses', 'How many people change their gender or their face on the way?',
-        'The judge is a network, too, and it was trained on photos: it may be wrong on drawings of either kind.',
-        r'(?P<column>flipped|flipped_filter)/(?P<row>[^/]+)', legend='Share of test photos whose label the judge '
-                                                                     'reads otherwise after adapting, and after the '
-                                                                     'pencil filter.'),
+        'What adaptation keeps and loses',
+        asked='How many people change their gender or their face on the way?',
+        careful='The judge is a network, too, and it was trained on photos: it may be wrong on drawings of either '
+                'kind.',
+        pattern=r'(?P<column>flipped|flipped_filter)/(?P<row>[^/]+)',
+        legend='Share of test photos whose label the judge reads otherwise after adapting, and after the pencil '
+               'filter.'),
     figure28=Chapter(
-        "The paper's script against the right method", 'Does it matter that the published script inverts with the '
-                                                       'fine-tuned network, and generates in six steps?',
-        'One fine-tuned network for all four ways.',
-        r'(?P<row>(?:pretrained|finetuned)_\d+)/(?P<column>direction|identity_cosine|change)', 'plain',
-        'Rows: which network inverts, and generation steps. Columns: cosine with the text direction, cosine of the '
-        'faces, mean change of a pixel.'),
+        "The paper's script against the right method",
+        asked='Does it matter that the published script inverts with the fine-tuned network, and generates in six '
+              'steps?',
+        careful='One fine-tuned network for all four ways.',
+        pattern=r'(?P<row>(?:pretrained|finetuned)_\d+)/(?P<column>direction|identity_cosine|change)', shown='plain',
+        legend='Rows: which network inverts, and generation steps. Columns: cosine with the text direction, cosine of '
+               'the faces, mean change of a pixel.'),
     figure29=Chapter(
-        'What the guide knows', 'Does the gain come from the guide having seen sketches?',
-        'The second guide saw drawings by several filters. Three seeds do not show a difference of two points.',
-        r'(?P<row>[^/]+)/(?P<column>source_only|adapted|clip_zero_shot)/%T%/balanced_accuracy',
+        'What the guide knows',
+        asked='Does the gain come from the guide having seen sketches?',
+        careful='The second guide saw drawings by several filters. Three seeds do not show a difference of two points.',
+        pattern=r'(?P<row>[^/]+)/(?P<column>source_only|adapted|clip_zero_shot)/%T%/balanced_accuracy',
         legend='Rows: the guide. Columns: what is trained or asked.'))
 
 FIRST = next(iter(CHAPTERS))

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['SETS', 'UNLABELLED', 'OTHERS', 'SHARES', 'SHOWN', 'called', 'targets_of', 'Domain', 'features_of', 'seen_by_guide',
            'domains_of', 'some', 'answers_of', 'training_sets', 'entries', 'difference', 'zero_shot_answer',
-           'unlabelled_curve', 'skewed', 'shift_of_shares', 'series', 'plot_unlabelled', 'all_targets', 'figure35']
+           'oracle_answer', 'unlabelled_curve', 'skewed', 'shift_of_shares', 'series', 'plot_unlabelled', 'all_targets',
+           'figure35']
 
 # %% ../../nbs/15g_unlabelled.ipynb #d6268c07
 from dataclasses import dataclass
@@ -14,14 +15,16 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+from scipy.special import softmax
 
 from ..core import COLOURS, fold_seed, set_style
 from ..data import find_fs2k, fs2k_rows, load_dataset
+from ..models.clip import TEMPLATES, class_features
 from ..store import cached_tensor, canonical_hash, code_hash, fingerprint, tensor_hash
 from .baselines import clip_features
 from .classify import score
 from .evaluate import Evaluation, in_classes, variant
-from .features import (STRENGTH, Probe, choose_strength, fit_regression, scale_by_words, softmax, target_scale)
+from .features import STRENGTH, Probe, choose_strength, fit_regression, scale_by_words, target_scale
 from .outside import finish_figure, with_labelled
 from .stats import gap_closed, over_seeds, paired_bootstrap, recall_bootstrap
 
@@ -80,7 +83,7 @@ def answers_of(probe: Probe, d: Domain, m: int | None, draws: int,
     "Probabilities for a domain's test pictures, with m unlabelled ones at hand."
     pool = d.train[0]
     once = m == 0 or m is None or m >= len(pool)
-    return np.stack([softmax(probe.logits(d.test[0], target_scale(probe, some(pool, m, k), shares)))
+    return np.stack([softmax(probe.logits(d.test[0], target_scale(probe, some(pool, m, k), shares)), axis=1)
                      for k in range(1 if once else draws)])
 
 def training_sets(ev: Evaluation, clip, names=tuple(SETS)) -> dict: # name -> [(features, labels), ...]
@@ -100,13 +103,20 @@ def difference(y, ours, theirs) -> dict: # probabilities of as many draws, or of
 # %% ../../nbs/15g_unlabelled.ipynb #79d79633
 def zero_shot_answer(ev: Evaluation, clip, z) -> np.ndarray: # features [n, d] -> [1, n, K]
     "The guide's own answer to one caption for each class."
-    captions = clip.encode_text(list(ev.exp.splits['train'].captions)).double().cpu().numpy()
-    return softmax(float(clip.scale) * z @ captions.T)[None]
+    classes = class_features(clip, [[c] for c in ev.exp.splits['train'].captions], TEMPLATES).double().cpu().numpy()
+    return softmax(float(clip.scale) * z @ classes.T, axis=1)[None]
+
+def oracle_answer(d: Domain, n_classes: int, strength: float | None) -> np.ndarray: # None: chosen -> [1, n, K]
+    "The same classifier's, trained on labelled pictures of the target."
+    strength = strength or choose_strength([d.train], d.train[0], n_classes)[0]
+    return softmax(fit_regression([d.train], n_classes, strength).logits(d.test[0]), axis=1)[None]
 
 def unlabelled_curve(ev: Evaluation, clip, domains: dict, head: str = 'guide', # beginning of the keys
-          ms=UNLABELLED, draws: int = 10,
-          strength: float | None = None, # None: chosen for each set, see `choose_strength`
-          names=tuple(SETS)) -> tuple: # (summary, {set: strength})
+                     ms=UNLABELLED, draws: int = 10,
+                     strength: float | None = None, # None: chosen for each set, see `choose_strength`
+                     at: str = '', # stands before `m=`, such as 'n=20/'
+                     names=tuple(SETS), # of `SETS`
+                     oracle: bool = True) -> tuple: # with entries of oracle and zero shot -> (summary, {set: strength})
     "`<head>/<set>/m=<m>/<target>/<measure>`, and `<head>/adapted_minus_<other>/...`."
     sets, k, summary = training_sets(ev, clip, names), len(ev.exp.splits['train'].classes), {}
     main = domains[ev.name]
@@ -116,22 +126,22 @@ def unlabelled_curve(ev: Evaluation, clip, domains: dict, head: str = 'guide', #
     p = ev.exp.profile
     texts = clip.encode_text([p.source, p.target]).double().cpu().numpy()
     for target, d in domains.items():
+        def keep(n, m, found): summary.update({f'{head}/{n}/{at}{m}/{target}/{c}': s for c, s in found.items()})
         y, zero = d.test[1], zero_shot_answer(ev, clip, d.test[0])
-        best = fit_regression([d.train], k, strength or choose_strength([d.train], d.train[0], k)[0])
-        oracle = softmax(best.logits(d.test[0]))[None]
+        fixed = {}   # whatever is seen of the target
+        if oracle: fixed = dict(zero_shot=entries(y, zero), oracle=entries(y, oracle_answer(d, k, strength)))
         for m in ms:
-            p_of = {n: answers_of(q, d, m, draws) for n, q in probes.items()} | dict(zero_shot=zero, oracle=oracle)
-            for n, q in p_of.items():
-                summary |= {f'{head}/{n}/{called(m)}/{target}/{c}': s for c, s in entries(y, q).items()}
+            p_of = {n: answers_of(q, d, m, draws) for n, q in probes.items()}
+            for n, found in ({n: entries(y, p) for n, p in p_of.items()} | fixed).items(): keep(n, called(m), found)
+            p_of['zero_shot'] = zero
             for o in OTHERS:
                 if 'adapted' in p_of and o in p_of:
-                    s = difference(y, p_of['adapted'], p_of[o])
-                    summary[f'{head}/adapted_minus_{o}/{called(m)}/{target}/balanced_accuracy'] = s
+                    gain = difference(y, p_of['adapted'], p_of[o])
+                    keep(f'adapted_minus_{o}', called(m), dict(balanced_accuracy=gain))
         if target == ev.name and photos is not None:
             for n, q in probes.items():
                 by_words = scale_by_words(photos, q, texts[1] - texts[0])
-                found = entries(y, softmax(q.logits(d.test[0], by_words))[None])
-                summary |= {f'{head}/{n}/m=words/{target}/{c}': s for c, s in found.items()}
+                keep(n, 'm=words', entries(y, softmax(q.logits(d.test[0], by_words), axis=1)[None]))
     return summary, chosen
 
 # %% ../../nbs/15g_unlabelled.ipynb #7800794b
@@ -151,7 +161,7 @@ def shift_of_shares(ev: Evaluation, clip, d: Domain, strength: float, m: int = 2
     for share in SHARES:
         pools = [skewed(d, share, min(m, len(d.train[1])), j) for j in range(draws)]
         for how, em in (('plain', False), ('em', True)):
-            p = np.stack([softmax(probe.logits(d.test[0], target_scale(probe, z, em))) for z in pools])
+            p = np.stack([softmax(probe.logits(d.test[0], target_scale(probe, z, em)), axis=1) for z in pools])
             summary[f'shares/{name}/{how}/share={share}/balanced_accuracy'] = recall_bootstrap(d.test[1], p)
     return summary
 
@@ -203,9 +213,9 @@ def all_targets(ev: Evaluation, clip, domains: dict, sizes=(20, 50, 100, 300, 12
     numbers = dict(strengths=strengths)
     sizes = sorted({min(n, ev.exp.profile.n_train) for n in sizes})
     for n in sizes:
-        few, _ = unlabelled_curve(with_labelled(ev, n), clip, main, 'few', (16, None), draws)
-        summary |= {k.replace('few/', 'guide/').replace('/m=', f'/n={n}/m='): s for k, s in few.items()
-                    if not k.startswith(('few/zero_shot', 'few/oracle'))}   # these see no photo
+        # oracle and zero shot see no photo
+        fewer = with_labelled(ev, n)
+        summary |= unlabelled_curve(fewer, clip, main, ms=(16, None), draws=draws, at=f'n={n}/', oracle=False)[0]
     summary |= plain | shift_of_shares(ev, clip, domains[ev.name], strengths['adapted'], draws=draws)
     def mean(name, m): return summary[f'guide/{name}/{m}/{ev.name}/balanced_accuracy']['mean']
     gap = {m: gap_closed(*(mean(n, m) for n in ('photos', 'adapted', 'oracle'))) for m in map(called, UNLABELLED)}
