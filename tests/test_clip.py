@@ -2,6 +2,7 @@
 import json, shutil
 
 import numpy as np, open_clip, pytest, torch
+from PIL import Image
 from torch.nn import functional as F
 
 from diffclip_da.models import clip as C
@@ -188,7 +189,7 @@ def test_shipped_model_and_card_agree():
     assert c.info == dict(name='diffclip-small', sha256=card['files']['open_clip_model.safetensors'], provenance='shipped')
     for k in ('measured', 'targets', 'data', 'licence_note', 'training', 'limits', 'files'): assert card[k], k
     for k in ('style_zero_shot', 'gender_zero_shot_photo', 'gender_zero_shot_sketch', 'attributes_above_080', 'unseen_wording_gap'): assert k in card['measured'] and k in card['targets']
-    assert sum(f.stat().st_size for f in asset_dir('clip').iterdir()) < 12e6
+    assert sum(f.stat().st_size for f in asset_dir('clip').iterdir()) < 14e6
 
 
 def test_shipped_model_knows_styles_in_words_it_never_saw():
@@ -222,6 +223,19 @@ def test_no_unseen_wording_is_ever_used():
     assert all(w not in T.draw_caption(s, dict(Male=True), rng).text for s in T.STYLE_NAMES for _ in range(20) for w in unseen if len(w.split()) > 2)
 
 
+def test_every_look_has_words_of_its_own_and_unseen_wordings_no_new_word():
+    from diffclip_da.models.looks import words_in
+    from diffclip_da.styles import STYLES
+    assert set(T.STYLE_WORDS) == set(STYLES) and {s for v in T.AMBIGUOUS.values() for s in v} <= set(STYLES)
+    wordings = [w for sides in T.STYLE_WORDS.values() for side in sides for w in side]
+    assert len(set(wordings)) == len(wordings)
+    known = {w for t in [*TEMPLATES, *(t for seen, _ in T.STYLE_WORDS.values() for t in seen)] for w in words_in(t)}
+    for style, (seen, unseen) in T.STYLE_WORDS.items():
+        assert len(unseen) >= 2 and set(seen) - set(T.AMBIGUOUS), style
+        assert {w for t in unseen for w in words_in(t)} <= known, style
+    assert len(set(T.MEASURED_STYLES)) == 20 and set(T.MEASURED_STYLES) <= set(STYLES) - {'photo', 'tinted'}
+
+
 def test_truth_table():
     known = torch.zeros(3, len(T.ATTRIBUTES)); known[0, 0], known[1, 0] = 1, -1
     style = torch.tensor([T.STYLE_NAMES.index(s) for s in ('pencil', 'photo', 'charcoal')])
@@ -253,6 +267,49 @@ def test_disturb_keeps_range_and_repeats():
     assert a.shape == (6, 3, 64, 64) and a.abs().max() <= 1 and (a == b).all() and (a != c).any()
 
 
+def test_the_box_blur_is_an_average_pool():
+    x = images(3, 20, 24)
+    assert torch.allclose(T.box_blur(x), F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode='replicate'), 3, 1), atol=1e-6)
+
+
+# --- pictures
+
+class Photos:
+    "A stand-in for CelebA."
+    ids, name = [f'{i}.jpg' for i in range(70)], 'stand-in'
+    def __init__(self, half=False): self.half = half
+    def __len__(self): return len(self.ids)
+    def pil(self, id):
+        im = Image.fromarray(np.random.default_rng(int(id[:-4])).integers(0, 256, (218, 178, 3), dtype=np.uint8))
+        return im.resize((89, 109)) if self.half else im
+
+
+def test_a_round_is_the_same_for_any_number_of_processes(tmp_path):
+    a, b = (T.draw_round(Photos(), 1, size=16, at=32, workers=n) for n in (0, 2))
+    c = T.cached_round(Photos(), 1, tmp_path, 2, size=16, at=32)
+    for other in (b, c): assert all(np.array_equal(u, v) for u, v in zip(a, other))
+    assert len(set(a[1])) > 5 and len(list(tmp_path.iterdir())) == 2
+    T.cached_round(Photos(), 1, tmp_path, 0, size=16, at=32)
+    assert len(list(tmp_path.iterdir())) == 2, 'processes are no part of the name'
+
+
+def test_photos_of_half_the_size_are_cropped_alike():
+    for seed in range(20):
+        a, b = (T.wide_crop(Photos(half).pil('1.jpg'), np.random.default_rng(seed)) for half in (False, True))
+        assert a.width == a.height and abs(a.width - 2 * b.width) <= 2 and abs(b.width - b.height) <= 1
+
+
+def test_packed_fs2k_is_read_instead(tmp_path, monkeypatch):
+    class Set(Photos):
+        def __init__(self, root, split, kind): super().__init__(); self.kind, self.crop = kind, None; assert split == 'train'
+        def pil(self, id): return super().pil(id).rotate(90 * (self.kind == 'photo') + 180 * (self.crop == 'fs2k'))
+    monkeypatch.setattr(T, 'fs2k', Set)
+    published = T.fs2k_crops('FS2K', 80)
+    T.pack_fs2k('FS2K', tmp_path/'train_crops.npz')
+    monkeypatch.undo()
+    for a, b in zip(published, T.fs2k_crops(tmp_path)): assert a.shape == (140, 80, 80, 3) and np.array_equal(a, b)
+
+
 # --- training
 
 @pytest.fixture(scope='module')
@@ -277,13 +334,26 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(pool, tmp_path):
 
 
 def test_the_adversary_raises_the_style_loss_by_at_most_its_length(pool):
-    cfg = tiny_config(1); model, _ = C.new_clip(TINY, 0); anchors = T.Anchors(TINY['embed_dim'])
-    batch = T.draw_batch(pool, cfg, 0, TINY['vision_cfg']['image_size']); model.train()
+    cfg = tiny_config(1); model, tokenizer = C.new_clip(TINY, 0); anchors = T.Anchors(TINY['embed_dim'])
+    batch, other = (T.prepare(pool, cfg, k, TINY['vision_cfg']['image_size'], tokenizer) for k in (0, 1)); model.train()
     def style_loss(x): return anchors(T.encode(model, x, cfg), batch[1], torch.zeros_like(batch[2]), pool.rate).item()
-    moved = T.worst_case(model, anchors, batch, pool.rate, cfg, 0)
+    moved = T.worst_case(model, anchors, batch, pool.rate, cfg)
     length = (moved - batch[0]).flatten(1).norm(dim=1)
     assert style_loss(moved) > style_loss(batch[0]) and 0 < length.max() <= cfg.adversary + 1e-4 and moved.abs().max() <= 1
-    assert torch.equal(moved, T.worst_case(model, anchors, batch, pool.rate, cfg, 0)) and not torch.equal(moved, T.worst_case(model, anchors, batch, pool.rate, cfg, 1))
+    assert torch.equal(moved, T.worst_case(model, anchors, batch, pool.rate, cfg))
+    assert not torch.equal(moved, T.worst_case(model, anchors, batch._replace(length=other.length), pool.rate, cfg))
+
+
+def test_processes_that_prepare_batches_change_nothing(pool, tmp_path):
+    a, b = (T.train_clip(pool, tiny_config(3), tmp_path/str(n), TINY, log=lambda *a: None, workers=n) for n in (0, 2))
+    for (k, u), v in zip(a[0].state_dict().items(), b[0].state_dict().values()): assert torch.equal(u, v), k
+    assert a[2] == b[2] and all(isinstance(v, (int, float)) for h in a[2] for v in h.values())
+
+
+def test_what_a_step_gets_is_tensors_alone_and_a_function_of_its_number(pool):
+    tokenizer = C.new_clip(TINY)[1]
+    a, b, c = (T.prepare(pool, tiny_config(1), k, 32, tokenizer) for k in (5, 5, 6))
+    assert all(isinstance(v, torch.Tensor) for v in a) and all(torch.equal(u, v) for u, v in zip(a, b)) and not torch.equal(a.ids, c.ids)
 
 
 def test_a_checkpoint_of_another_configuration_is_refused(pool, tmp_path):

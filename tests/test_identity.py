@@ -196,6 +196,37 @@ def test_command_end_to_end(tmp_path):
     assert load_embedder(tmp_path/'out'/'embedder.safetensors').info['sha256'] == card['files']['embedder.safetensors']
 
 
+def test_two_machines_share_the_work(tmp_path, capsys):
+    toy_celeba(tmp_path/'celeba')
+    torch.manual_seed(0)
+    torch.save(MobileFaceNet().state_dict(), tmp_path/'t.pt')
+    words = ['--celeba', str(tmp_path/'celeba'), '--targets', str(tmp_path/'targets.safetensors'), '--n-images', '8']
+    with pytest.raises(SystemExit): main([*words, '--out', str(tmp_path/'a')])
+    assert 'give --teacher' in capsys.readouterr().err
+    main([*words, '--out', str(tmp_path/'a'), '--teacher', str(tmp_path/'t.pt'), '--no-measure'])
+    assert not (tmp_path/'a'/'card.json').exists()
+    more = ['--widths', '8', '16', '24', '16', '--depths', '1', '2', '1', '1', '--decay', '.3', '--workers', '2', '--no-measure']
+    main([*words, '--out', str(tmp_path/'b'), *more])   # without the teacher
+    main([*words, '--out', str(tmp_path/'b'), '--card-only'])
+    card = json.loads((tmp_path/'b'/'card.json').read_text())
+    net = load_embedder(tmp_path/'b'/'embedder.safetensors').net
+    assert card['training']['config']['widths'] == [8, 16, 24, 16] and card['training']['teacher']['sha256']
+    assert len(net.body) == 5 and net.head[0].weight.shape == (128, 16, 1, 1)
+    words[3] = str(tmp_path/'a'/'embedder.safetensors')
+    (tmp_path/'a'/'embedder.json').write_text('{"pictures": "others"}')
+    with pytest.raises(SystemExit): main([*words, '--out', str(tmp_path/'c'), '--no-measure'])
+    assert 'other pictures' in capsys.readouterr().err
+
+
+def test_pictures_drawn_ahead_change_nothing(tmp_path):
+    images = (torch.rand(16, 3, 64, 64, generator=new_generator(0)) * 255).byte()
+    targets = F.normalize(torch.randn(16, 16, generator=new_generator(1)), dim=-1)
+    cfg = DistillConfig(n_images=32, batch_size=8, widths=(8, 8, 8, 8), depths=(0, 1, 1, 1), decay=.5)
+    (a, run), (b, _) = distill(images, targets, cfg, tmp_path/'a'), distill(images, targets, cfg, tmp_path/'b', workers=2)
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
+    assert run.opt.param_groups[0]['lr'] == pytest.approx(2e-3 * .04)   # the fourth of 100 steps of warm-up
+
+
 # features of many pictures
 
 def test_one_loop_embeds_tensors_and_sets_for_every_network():

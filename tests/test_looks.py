@@ -9,7 +9,7 @@ from diffclip_da.models.clip import ClipEnsemble
 from diffclip_da.models.load import load_guide
 from diffclip_da.models.looks import NONE, doubts, looks_of, meaning, unread, words_in
 from diffclip_da.store import asset_file
-from diffclip_da.workshop.train_clip import STYLE_WORDS, TEN_STYLES, taught
+from diffclip_da.workshop.train_clip import STYLE_WORDS, MEASURED_STYLES, taught
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +34,7 @@ def test_words_that_were_never_read_are_named_with_those_spelt_alike(looks):
     assert unread('a pixar charcoel', looks) == {'pixar': [], 'charcoel': ['charcoal']}
 
 
-@pytest.mark.parametrize('style', TEN_STYLES)
+@pytest.mark.parametrize('style', MEASURED_STYLES)
 def test_other_wordings_of_a_look_are_known(guide, looks, style):
     for text in STYLE_WORDS[style][1]:   # never seen in training
         assert meaning(guide, 'photo', text, looks)[1] > NONE
@@ -59,5 +59,5 @@ def test_the_command_line_lists_them(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(['--list-looks', '--preview']) == 0
     said = capsys.readouterr().out
-    assert all(k.replace('_', ' ') in said for k in TEN_STYLES) and 'looks.png' in said
+    assert all(k.replace('_', ' ') in said for k in MEASURED_STYLES) and 'looks.png' in said
     assert Image.open(tmp_path/'looks.png').size[0] > 500

@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from diffclip_da.adaptation.losses import text_direction
-from diffclip_da.core import UserError, new_generator
+from diffclip_da.core import UserError, from_uint8, new_generator
+from diffclip_da.data import shipped_faces
 from diffclip_da.diffusion.ddim import ddim_step, gaussian_flow, sample, step_pairs
 from diffclip_da.diffusion.forward import q_sample
 from diffclip_da.diffusion.guidance import classifier_guided, guided
@@ -18,8 +19,8 @@ from diffclip_da.models.load import toy_models
 from diffclip_da.models.unet import tiny_unet
 from diffclip_da.models.train import mirrored
 from diffclip_da.related.bench import Bench, attribute_of, by_profile
-from diffclip_da.related.classifier_guidance import (NoisyClassifier, NoisyTraining, coverage, draw_labelled, figure30,
-                                                     principal, train_noisy)
+from diffclip_da.related.classifier_guidance import (NoisyClassifier, NoisyTraining, coverage, draw_labelled, figure30, load_noisy,
+                                                     main as noisy_main, principal, train_noisy)
 from diffclip_da.related.gan import (Discriminator, GanConfig, GanState, Generator, diff_augment, figure33, gan_step,
                                      hinge_d, invert_gan, layer_scores, load_gan, main as gan_main, train_gan,
                                      tune_generator)
@@ -95,7 +96,19 @@ def test_a_noisy_classifier_goes_on_where_it_was_interrupted(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.state_dict().values(), resumed.state_dict().values()))
     p = whole.log_prob(x, torch.full((8,), 300), 0).exp() + whole.log_prob(x, 300, torch.ones(8, dtype=torch.long)).exp()
     assert torch.allclose(p, torch.ones(8))
+    loaded = load_noisy(tmp_path/'a/noisy.pt')
+    assert all(torch.equal(p, q) for p, q in zip(whole.state_dict().values(), loaded.state_dict().values()))
+    u = torch.arange(8 * 3 * 256).reshape(8, 3, 16, 16).byte()   # a byte a value: the same numbers
+    a, b = (train_noisy(v, y, schedule, cfg, tmp_path/n) for v, n in ((u, 'u'), (from_uint8(u), 'f')))
+    assert all(torch.equal(p, q) for p, q in zip(a.state_dict().values(), b.state_dict().values()))
     with pytest.raises(UserError, match='8 pictures but 3 labels'): train_noisy(x, y[:3], schedule, cfg, tmp_path/'c')
+
+
+def test_the_command_of_the_noisy_classifier(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr('diffclip_da.related.classifier_guidance.celeba_photos', lambda root, part: shipped_faces(part))
+    assert noisy_main(['--celeba', 'x', '--out', str(tmp_path), '--n-images', '16', '--batch-size', '8']) == 0
+    net = load_noisy(tmp_path/'noisy.pt')
+    assert 'noisy.pt' in capsys.readouterr().out and net.log_prob(normal(2, 3, 64, 64, dtype=torch.float32), 500, 1).shape == (2,)
 
 
 def test_scale_zero_draws_what_the_unguided_model_draws(unet):
@@ -322,6 +335,11 @@ def test_the_command_of_the_gan(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr('diffclip_da.related.gan.training_pictures', lambda source, size: uint8_pictures())
     words = ['--out', str(tmp_path/'gan'), '--n-images', '4', '--batch-size', '2']
     assert gan_main(words) == 0 and '4 images' in capsys.readouterr().out
+    g, known = load_gan(tmp_path/'gan')   # what ships
+    assert known['images_seen'] == 4 and (g(torch.ones(1, 128)) - load_gan(tmp_path/'gan/checkpoint.pt')[0](torch.ones(1, 128))).abs().max() < .01
+    wide = ['--n-images', '2', '--batch-size', '2', '--widths', '16', '8', '8', '8', '4', '--d-widths', '8', '8', '8', '8']
+    assert gan_main(['--out', str(tmp_path/'wide'), *wide]) == 0
+    for path in ('wide', 'wide/checkpoint.pt'): assert load_gan(tmp_path/path)[0].widths == (16, 8, 8, 8, 4)
     assert gan_main([*words[:-3], '400', *words[-2:], '--minutes', '1e-9']) == 0   # stops at its first checkpoint
     assert 'time is up' in capsys.readouterr().out
     with pytest.raises(SystemExit) as e: gan_main(['--celeba', str(tmp_path/'none')])

@@ -116,7 +116,7 @@ def test_command_line_learns_the_classes_of_a_folder_per_class(tmp_path, images,
         (tmp_path / f'photos/{"abc"[i % 3]}').mkdir(parents=True, exist_ok=True)
         Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp_path / f'photos/{"abc"[i % 3]}/{i}.png')
     args = ['--images', str(tmp_path / 'photos'), '--labels', 'folders', '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu']
-    assert main([*args, '--out', str(tmp_path / 'a')]) == 0
+    assert main([*args, '--attention', '1', '--out', str(tmp_path / 'a')]) == 0
     assert load_unet(str(tmp_path / 'a/model')).n_classes == 3
     assert main([*args, '--out', str(tmp_path / 'b'), '--init', str(tmp_path / 'a/model')]) == 0
     for more, message in [(['--init', str(tmp_path / 'a/model'), '--v'], '3 classes, predicting noise; asked for is one of 16 px, 3 classes, predicting v'), (['--init', 'shipped'], 'shipped is a network of 64 px')]:
@@ -130,7 +130,7 @@ def test_attention_grows_on_a_trained_network_and_calm_is_measured(tmp_path, ima
     (tmp_path / 'photos').mkdir()
     for k, u in enumerate(images[:6]): Image.fromarray(u.permute(1, 2, 0).numpy()).save(tmp_path / f'photos/{k}.png')
     args = ['--images', str(tmp_path / 'photos'), '--image-size', '16', '--n-images', '4', '--batch-size', '4', '--device', 'cpu', '--v']
-    assert main([*args, '--out', str(tmp_path / 'a')]) == 0
+    assert main([*args, '--attention', '1', '--out', str(tmp_path / 'a')]) == 0
     old = load_unet(str(tmp_path / 'a/model')); assert old.spectrum is None
     options = Options(out='', v=True, image_size=16, attention=2, init=str(tmp_path / 'a/model'))
     new, x = initial_unet(options, 0).eval(), torch.randn(2, 3, 16, 16)

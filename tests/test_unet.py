@@ -100,7 +100,7 @@ def test_tiny_unet_is_deterministic_and_leaves_the_global_seed_alone():
 
 
 def test_size_that_cannot_be_halved_is_refused():
-    with pytest.raises(UserError, match='image_size 60 must be a multiple of 8'): small_unet(60)
+    with pytest.raises(UserError, match='image_size 60 must be a multiple of 16'): small_unet(60)
 
 
 def test_save_and_load_round_trip(tmp_path, x):

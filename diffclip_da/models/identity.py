@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FACE_BOX', 'FACENET_FILES', 'FACENET_URL', 'FACENET_SCALE', 'Embedder', 'check_face_box', 'face_input', 'conv_bn',
-           'ResBlock', 'FaceNet64', 'fit_state', 'facenet', 'facenet_file', 'conv6', 'InvertedResidual',
-           'MobileFaceNet', 'load_teacher', 'identity_loss', 'embed_all', 'frechet_distance']
+           'ResBlock', 'FaceNet64', 'facenet64_for', 'fit_state', 'facenet', 'facenet_file', 'conv6',
+           'InvertedResidual', 'MobileFaceNet', 'load_teacher', 'identity_loss', 'embed_all', 'frechet_distance']
 
 # %% ../../nbs/11_identity.ipynb #3fe0efbc
 import os
@@ -105,6 +105,16 @@ class FaceNet64(nn.Module):
     def forward(self, x):
         h = F.relu(self.stem(F.pixel_unshuffle(x, 2)))
         return self.head(self.pool(self.body(h))).flatten(1)
+
+def facenet64_for(state:dict) -> FaceNet64: # name -> tensor
+    "A network of the size that these weights have, not yet loaded with them."
+    if not {'stem.0.weight', 'head.0.weight'} <= set(state): return FaceNet64()
+    widths, depths, j = [len(state['stem.0.weight'])], [0], 0
+    while (w := state.get(f'body.{j}.conv1.0.weight')) is not None:
+        # a stage begins where the shortcut has a convolution
+        if f'body.{j}.skip.0.weight' in state: widths.append(len(w)); depths.append(0)
+        depths[-1] += 1; j += 1
+    return FaceNet64(widths, depths, len(state['head.0.weight']))
 
 # %% ../../nbs/11_identity.ipynb #5b9b448c
 def fit_state(net,         # module

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..core import UserError
 from .clip import Clip, ClipEnsemble, named_clip, read_clip
-from .identity import (FACE_BOX, FACENET_SCALE, Embedder, FaceNet64, facenet,
+from .identity import (FACE_BOX, FACENET_SCALE, Embedder, facenet, facenet64_for,
                                          fit_state, load_teacher)
 from .published import SUFFIXES, GuidedUNet, load_folder, load_hub, load_weights
 from .unet import WEIGHTS_NAME, EpsUNet, read_unet, tiny_unet
@@ -142,5 +142,5 @@ def load_embedder(name='shipped', # see the table
                         "'facenet:/path/file.pt' or the path of a .safetensors file")
     state = read_tensors(path, flat=True)
     if 'dw_conv.depthwise.weight' in state: return load_teacher(path, face_box or FACE_BOX, device)
-    net = fit_state(FaceNet64(), state, path, 'FaceNet64')
+    net = fit_state(facenet64_for(state), state, path, 'FaceNet64')
     return Embedder(net, 64, dict(info, sha256=sha256_file(path)), face_box or FACE_BOX).to(device)

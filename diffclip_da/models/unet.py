@@ -60,8 +60,9 @@ def calm(v, x_t, t, spectrum: tuple, schedule: Schedule): # [b, c, h, w] twice, 
     S, ab = torch.exp(a - b * r), schedule.ab(t).to(dev).float().reshape(-1, 1, 1, 1)
     best = (ab * (1 - ab)).sqrt() * (1 - S) / (ab * S + 1 - ab)          # [b or 1, 1, h, w]
     share = ((r - CALM_FROM) / (CALM_ALL - CALM_FROM)).clamp(0, 1)
-    V, X = (c @ u.float() @ d.T for u in (v, x_t))
-    return (v + c.T @ (share * (best * X - V)) @ d).to(v)
+    with torch.autocast(dev.type, enabled=False):   # in float32 also where the network is not
+        V, X = (c @ u.float() @ d.T for u in (v, x_t))
+        return v + (c.T @ (share * (best * X - V)) @ d).to(torch.promote_types(v.dtype, x_t.dtype))
 
 # %% ../../nbs/07_unet.ipynb #ba8839c4
 class EpsUNet(nn.Module):
@@ -136,9 +137,9 @@ def edited(module: nn.Module, delta): # tensor or number; None: nothing happens
 
 # %% ../../nbs/07_unet.ipynb #dff6878d
 def small_unet(image_size: int = 64,          # pixels, a multiple of patch * 2**(levels - 1)
-               channels: tuple = (64, 96, 128), # width of each level, multiples of 32
+               channels: tuple = (64, 96, 128, 160), # width of each level, multiples of 32
                layers: int = 1,               # residual blocks per level
-               attention: int = 1,            # levels with self-attention, counted from the coarsest
+               attention: int = 3,            # levels with self-attention, counted from the coarsest
                patch: int = 2,                # space-to-depth block
                n_classes: int = 2,            # 0 for an unconditional model
                v_schedule: Schedule | None = None # see `EpsUNet`
@@ -164,7 +165,7 @@ def tiny_unet(image_size: int = 16, n_classes: int = 0, seed: int = 0) -> EpsUNe
     nothing"""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return small_unet(image_size, channels=(16, 32), patch=2, n_classes=n_classes).eval()
+        return small_unet(image_size, channels=(16, 32), attention=1, patch=2, n_classes=n_classes).eval()
 
 # %% ../../nbs/07_unet.ipynb #1258ec9d
 WEIGHTS_NAME = 'diffusion_pytorch_model.safetensors'

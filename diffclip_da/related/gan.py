@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['UpStage', 'Generator', 'Discriminator', 'hinge_d', 'diff_augment', 'GanConfig', 'GanState', 'gan_step', 'train_gan',
-           'load_gan', 'layer_scores', 'tune_generator', 'invert_gan', 'GanStudy', 'plot_gan', 'figure33', 'Options',
-           'TimeIsUp', 'main']
+           'load_gan', 'save_gan', 'layer_scores', 'tune_generator', 'invert_gan', 'GanStudy', 'plot_gan', 'figure33',
+           'Options', 'TimeIsUp', 'main']
 
 # %% ../../nbs/33_gan.ipynb #7f2b98fb
 import copy
@@ -18,19 +18,21 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save as safetensors_bytes
 from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..adaptation.finetune import compute_latents, finetune
 from ..adaptation.losses import augment, directional_loss, text_direction
-from ..core import COLOURS, UserError, command, friendly_exit, from_uint8, new_generator, set_style
+from ..core import (COLOURS, UserError, command, friendly_exit, from_uint8, local_device, new_generator,
+                              set_style)
 from ..data import celeba as celeba_photos, shipped_faces
-from ..models.identity import embed_all, frechet_distance
+from ..models.identity import embed_all, fit_state, frechet_distance
 from ..models.loop import TrainingLoop, moving_average
 from ..models.train import mirrored, training_pictures
 from .bench import Bench
 from .classifier_guidance import principal
-from ..store import load_state, tensor_hash
+from ..store import atomic_write, load_state, read_json, read_tensors, tensor_hash, write_json
 from ..study.figures import titled_rows
 from ..study.stats import over_images
 
@@ -100,14 +102,14 @@ def diff_augment(x,                  # [b, 3, h, w] in [-1, 1]
     x = (x - grey) * 2 * draw(b, 1, 1, 1) + grey
     mean = x.mean((1, 2, 3), keepdim=True)
     x = (x - mean) * (draw(b, 1, 1, 1) + .5) + mean
-    theta = torch.eye(2, 3).to(x).repeat(b, 1, 1)
+    theta = torch.eye(2, 3, device=x.device, dtype=x.dtype).repeat(b, 1, 1)
     theta[:, :, 2] = (2 * draw(b, 2) - 1) / 4   # a side is 2 long
     x = F.grid_sample(x, F.affine_grid(theta, list(x.shape), align_corners=False),
                       align_corners=False)
     row, col = (torch.arange(n, device=x.device)[None] for n in (h, w))
-    centre = draw(b, 2) * torch.tensor([h, w]).to(x)
-    hit = (((row - centre[:, :1]).abs() < h / 4)[:, :, None]
-           & ((col - centre[:, 1:]).abs() < w / 4)[:, None, :])
+    centre = draw(b, 2)
+    hit = (((row - centre[:, :1] * h).abs() < h / 4)[:, :, None]
+           & ((col - centre[:, 1:] * w).abs() < w / 4)[:, None, :])
     return x * ~hit[:, None]
 
 # %% ../../nbs/33_gan.ipynb #5cfbd696
@@ -119,29 +121,34 @@ class GanConfig:
     lr: float = 3e-4            # Adam's, for both networks, betas (0, .99)
     ema: float = .999           # decay of the averaged generator, which is the one that is kept
     seed: int = 0
+    widths: tuple[int, ...] = (128, 96, 64, 48, 16)   # the generator's channels, see `Generator`
+    d_widths: tuple[int, ...] = (32, 64, 128, 192)    # the discriminator's
 
 class GanState:
     "What a step changes: both networks, the average of the generator, the optimisers, the random numbers."
-    def __init__(self, cfg: GanConfig):
-        self.cfg = cfg
+    def __init__(self, cfg: GanConfig, device='cpu'):
+        self.cfg, self.device = cfg, torch.device(device)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
-            self.g, self.d = Generator(), Discriminator()
+            self.g, self.d = (m.to(device) for m in (Generator(widths=cfg.widths),
+                                                     Discriminator(cfg.d_widths)))
         self.average = moving_average(self.g, cfg.ema)
-        self.opt_g, self.opt_d = (torch.optim.Adam(m.parameters(), cfg.lr, (0., .99))
+        fused = self.device.type == 'cuda' or None   # all weights in one call; None: as ever
+        self.opt_g, self.opt_d = (torch.optim.Adam(m.parameters(), cfg.lr, (0., .99), fused=fused)
                                   for m in (self.g, self.d))
-        self.generator = new_generator(cfg.seed)
+        self.generator = new_generator(cfg.seed, device)
 
     @property
     def parts(self) -> dict:
         return dict(g=self.g, d=self.d, average=self.average, opt_g=self.opt_g, opt_d=self.opt_d)
 
-    def latents(self, n: int): return torch.randn(n, self.g.n_z, generator=self.generator)
+    def latents(self, n: int):
+        return torch.randn(n, self.g.n_z, generator=self.generator, device=self.device)
 
-def gan_step(state: GanState, images) -> dict: # [n, 3, 64, 64] uint8 -> losses of D and g
+def gan_step(state: GanState, images) -> dict: # [n, 3, 64, 64] uint8, there too -> losses of D and g
     "One update of the discriminator, then one of the generator."
     n, gen = state.cfg.batch_size, state.generator
-    x = from_uint8(images[torch.randint(len(images), (n,), generator=gen)])
+    x = from_uint8(images[torch.randint(len(images), (n,), generator=gen, device=gen.device)])
     x = mirrored(x, gen)
     fake = state.g(state.latents(n))
     scores = state.d(torch.cat([diff_augment(x, gen), diff_augment(fake.detach(), gen)]))
@@ -155,29 +162,45 @@ def gan_step(state: GanState, images) -> dict: # [n, 3, 64, 64] uint8 -> losses 
 # %% ../../nbs/33_gan.ipynb #0e5c0bad
 def train_gan(images,          # [n, 3, 64, 64] uint8
               cfg: GanConfig, out, # folder: checkpoint.pt, continued when there
-              log=None) -> tuple: # (averaged generator in eval mode, history)
+              log=None, device='cpu') -> tuple: # (averaged generator in eval mode, history)
     "Train to `cfg.n_images`, from where `out` left off."
     if images.dtype != torch.uint8 or images.dim() != 4 or tuple(images.shape[1:]) != (3, 64, 64):
         raise UserError(f'the GAN learns from uint8 [n, 3, 64, 64], got {images.dtype} {tuple(images.shape)}')
-    state = GanState(cfg)
+    state = GanState(cfg, device)
     settings = dict(asdict(cfg), images=tensor_hash(images)[:16])
+    if state.device.type != 'cpu': settings['device'] = state.device.type   # it draws the numbers
     loop = TrainingLoop(Path(out)/'checkpoint.pt', state.parts, settings,
                         ('n_images',), state.generator)
-    n_steps = -(-cfg.n_images // cfg.batch_size)
+    n_steps, images = -(-cfg.n_images // cfg.batch_size), images.to(device)
     history = loop.run(lambda k: gan_step(state, images), n_steps, None, 'GAN', log)
     return state.average.module, history
 
-def load_gan(path) -> tuple: # a checkpoint of `train_gan` -> (generator, frozen; what is known of it)
-    "The averaged generator of a checkpoint, finished or not."
+def load_gan(path) -> tuple: # of `train_gan` or `save_gan` -> (generator, frozen; what is known of it)
+    "The averaged generator of a checkpoint, finished or not, or of a folder."
+    if (path := Path(path)).is_dir():
+        known, weights = read_json(path/'generator.json'), path/'generator.safetensors'
+        g = Generator(known['n_z'], known['widths'])
+        fit_state(g, read_tensors(weights, flat=True), weights, 'this Generator')
+        return (g.eval().requires_grad_(False),
+                {k: known[k] for k in ('images_seen', 'seconds', 'steps')})
     there = load_state(path)
     if 'average' not in there:
         raise UserError(f'{path} is no checkpoint of train_gan; make one: python -m diffclip_da.related.gan')
     state = {k.removeprefix('module.'): v for k, v in there['average'].items() if k != 'n_averaged'}
-    g = Generator()
+    settings = there['settings']
+    g = Generator(widths=settings.get('widths', GanConfig.widths))
     g.load_state_dict(state)
-    seen = there['step'] * there['settings']['batch_size']
+    seen = there['step'] * settings['batch_size']
     return (g.eval().requires_grad_(False),
             dict(images_seen=seen, seconds=there['seconds'], steps=there['step']))
+
+def save_gan(path, folder): # a checkpoint of `train_gan`
+    "Its averaged generator in half precision, for `load_gan(folder)`."
+    (g, known), folder = load_gan(path), Path(folder)
+    state = {k: v.half().contiguous() for k, v in g.state_dict().items()
+             if not k.endswith('num_batches_tracked')}
+    with atomic_write(folder/'generator.safetensors') as f: f.write(safetensors_bytes(state))
+    write_json(folder/'generator.json', dict(known, n_z=g.n_z, widths=g.widths))
 
 # %% ../../nbs/33_gan.ipynb #7eba4a7d
 def layer_scores(g: Generator, guide, delta_t, # frozen; from `text_direction`
@@ -343,9 +366,10 @@ def figure33(bench: Bench, checkpoint, **settings) -> tuple: # of `train_gan`; o
 @dataclass(frozen=True)
 class Options:
     "Train the small GAN; resumes when called again."
-    out: str = 'runs/gan'    # folder for checkpoint.pt
+    out: str = 'runs/gan'    # folder for checkpoint.pt and, in half precision, the generator
     celeba: str = ''         # CelebA folder, its training partition; '': the shipped faces
     minutes: float = 0.      # stop after so long, at a checkpoint; 0: run to the end
+    device: str = 'cpu'      # cpu, cuda, mps; on each other random numbers
     config: GanConfig = field(default_factory=GanConfig)
 
 class TimeIsUp(Exception): "The minutes given to a training are over."
@@ -360,8 +384,11 @@ def main(argv=None) -> int:
         seen = loop.step * o.config.batch_size
         print(f"{seen:,} images, {loop.seconds / 60:.0f} min, G {last['g']:.2f}, D {last['loss']:.2f}", flush=True)
         if o.minutes and time.monotonic() - tic > 60 * o.minutes: raise TimeIsUp
-    try: train_gan(training_pictures(source, 64), o.config, o.out, log)
+    device = local_device(o.device)
+    torch.backends.cudnn.benchmark = device.type == 'cuda'   # all batches have one shape
+    try: train_gan(training_pictures(source, 64), o.config, o.out, log, device)
     except TimeIsUp: print('time is up; the same command goes on')
+    save_gan(Path(o.out)/'checkpoint.pt', o.out)
     return 0
 
 # %% ../../nbs/33_gan.ipynb #b612f235

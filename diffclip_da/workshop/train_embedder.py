@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DRAWN', 'restyle', 'jitter', 'person_targets', 'distill_loss', 'DistillConfig', 'training_pictures_of_step',
            'distill', 'DistillRun', 'verification_auc', 'pair_auc', 'persons', 'measure', 'save_embedder',
-           'embedder_card', 'Options', 'main', 'finish']
+           'training_facts', 'embedder_card', 'Options', 'main', 'teacher_features', 'train_and_save', 'write_card']
 
 # %% ../../nbs/18_train_embedder.ipynb #95899028
 import math
@@ -20,11 +20,11 @@ from sklearn.metrics import roc_auc_score
 from torch.nn import functional as F
 
 from ..adaptation.losses import cosine_loss
-from ..core import UserError, command, friendly_exit, new_generator
+from ..core import UserError, command, friendly_exit, local_device, new_generator
 from ..data import celeba, fs2k
 from ..models.identity import (FACE_BOX, Embedder, FaceNet64, embed_all, face_input,
-                                         fit_state, load_teacher)
-from ..models.loop import TrainingLoop, moving_average, rate_factor, set_rate
+                                         facenet64_for, fit_state, load_teacher)
+from ..models.loop import TrainingLoop, ahead, moving_average, rate_factor, set_rate
 from ..models.train import training_pictures
 from ..store import (atomic_write, cached_tensor, canonical_hash, fingerprint, read_json,
                                read_tensors, sha256_file, state_hash, tensor_hash, write_json)
@@ -85,8 +85,9 @@ class DistillConfig:
     one."""
     n_images: int = 150_000       # pictures to see
     batch_size: int = 64
-    lr: float = 2e-3              # after the warm-up, constant
+    lr: float = 2e-3              # after the warm-up
     warmup: int = 100             # steps
+    decay: float = 0.             # of all steps, at the end: the rate falls to zero; 0: it stays
     weight_decay: float = .05
     average: float = .998         # decay of the averaged weights, which are the result
     relation: float = 10.         # see `distill_loss`
@@ -114,10 +115,13 @@ def training_pictures_of_step(images, cfg:DistillConfig, step:int): # [n, 3, 64,
 def distill(images, targets, # [n, 3, 64, 64] uint8; [n, dim] unit norm
             cfg:DistillConfig, out, # folder for checkpoint.pt
             device='cpu', init=None, # state dict to start from
+            workers: int = 0, # processes that draw the pictures, see `ahead`
            ) -> tuple:       # (averaged network in eval mode, the finished `DistillRun`)
     "Train a `FaceNet64`; the same call resumes."
     run = DistillRun(images, targets, cfg, Path(out)/'checkpoint.pt', device, init)
-    run.training.run(run.step, math.ceil(cfg.n_images / cfg.batch_size), cfg.checkpoint_every,
+    batches = ahead(lambda k: training_pictures_of_step(images, cfg, k),
+                    range(run.training.step, run.n_steps), workers)
+    run.training.run(lambda k: run.step(k, *next(batches)), run.n_steps, cfg.checkpoint_every,
                      'distilling')
     return run.mean.module.eval(), run
 
@@ -126,18 +130,20 @@ class DistillRun:
     """Network, average, optimiser and the training that they belong to; a checkpoint at `path` is
     continued."""
     def __init__(self, images, targets, cfg, path, device='cpu', init=None):
-        self.images, self.targets, self.cfg, self.device = images, targets, cfg, device
+        self.images, self.targets, self.cfg, self.device = images, targets.to(device), cfg, device
+        self.n_steps, cuda = math.ceil(cfg.n_images / cfg.batch_size), torch.device(device).type == 'cuda'
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(cfg.seed)
             # channels last is the faster layout on a CPU; with widths that are no multiple of 8
             # oneDNN's backward pass corrupts memory there
-            whole = all(w % 8 == 0 for w in cfg.widths)
+            whole = all(w % 8 == 0 for w in cfg.widths) and not cuda
             self.layout = torch.channels_last if whole else torch.contiguous_format
             self.net = FaceNet64(cfg.widths, cfg.depths, targets.shape[1])
         self.net = self.net.to(device, memory_format=self.layout).train()
         if init is not None: self.net.load_state_dict(init, strict=False)
         self.mean = moving_average(self.net, cfg.average)
-        self.opt = torch.optim.AdamW(self.net.parameters(), cfg.lr, weight_decay=cfg.weight_decay)
+        self.opt = torch.optim.AdamW(self.net.parameters(), cfg.lr, weight_decay=cfg.weight_decay,
+                                     fused=cuda or None)   # all weights in one call; None: as ever
         settings = dict(asdict(cfg), images=tensor_hash(images)[:16],
                         targets=tensor_hash(targets)[:16],
                         init=None if init is None else state_hash(init)[:16])
@@ -151,12 +157,11 @@ class DistillRun:
     @property
     def seen(self) -> int: return self.training.step * min(self.cfg.batch_size, len(self.images))  # pictures
 
-    def step(self, k:int):
+    def step(self, k:int, i, x): # number; of `training_pictures_of_step`
         "One batch."
-        i, x = training_pictures_of_step(self.images, self.cfg, k)
-        x = x.to(self.device).contiguous(memory_format=self.layout)
-        loss = distill_loss(self.net(x), self.targets[i].to(self.device), self.cfg.relation)
-        set_rate(self.opt, self.cfg.lr * rate_factor(k, 0, self.cfg.warmup))
+        cfg, x = self.cfg, x.to(self.device).contiguous(memory_format=self.layout)
+        loss = distill_loss(self.net(x), self.targets[i.to(self.device)], cfg.relation)
+        set_rate(self.opt, cfg.lr * rate_factor(k, self.n_steps, cfg.warmup, cfg.decay))
         self.opt.zero_grad(set_to_none=True); loss.backward(); self.opt.step()
         self.mean.update_parameters(self.net)
         return loss.detach()
@@ -202,8 +207,24 @@ def save_embedder(net, folder) -> str: # FaceNet64; file's sha256
     return sha256_file(path)
 
 # %% ../../nbs/18_train_embedder.ipynb #fff18451
-def embedder_card(run, measured, teacher_info, data, sha, # a `DistillRun`; see `finish`
-                  before): # `training` of the run that this one went on from, or None
+def training_facts(run, teacher_info, train, workers=0, before=None) -> dict: # a `DistillRun`; an `ImageSet`
+    "What the card says of the training; `before`: that of the run that this one went on from."
+    device = torch.device(run.device)
+    where = (f'{torch.cuda.get_device_name(device)}, {workers} workers' if device.type == 'cuda'
+             else f'{device}, {torch.get_num_threads()} threads')
+    return dict(
+        pictures=f'CelebA train partition, {len(train):,} pictures, '
+                 f'{len(set(train.identity.values())):,} people',
+        training=dict(command='python -m diffclip_da.workshop.train_embedder --celeba CELEBA '
+                              '--teacher mobilefacenet.pt '
+                              '--fs2k FS2K --out runs/embedder'
+                      + (' --init FIRST/embedder.safetensors' if before else ''),
+                      images_seen=run.seen + (before or {}).get('images_seen', 0),
+                      seconds=round(run.seconds), device=where,
+                      config=asdict(run.cfg) | dict(n_images=run.seen), teacher=teacher_info,
+                      before=before))
+
+def embedder_card(training, measured, data, sha) -> dict: # of `training_facts`; see `write_card`
     "The card of the shipped embedder."
     return dict(
         name='facenet64', measured=measured,
@@ -211,15 +232,7 @@ def embedder_card(run, measured, teacher_info, data, sha, # a `DistillRun`; see 
         licence_note='Weights distilled from a MobileFaceNet under Apache-2.0; the pictures are '
                      'CelebA, for non-commercial '
                      'research only, and so are these weights.',
-        training=dict(command='python -m diffclip_da.workshop.train_embedder --celeba CELEBA '
-                              '--teacher mobilefacenet.pt '
-                              '--fs2k FS2K --out runs/embedder'
-                      + (' --init FIRST/embedder.safetensors' if before else ''),
-                      images_seen=run.seen + (before or {}).get('images_seen', 0),
-                      seconds=round(run.seconds),
-                      device=f'{run.device}, {torch.get_num_threads()} threads',
-                      config=asdict(run.cfg) | dict(n_images=run.seen), teacher=teacher_info,
-                      before=before),
+        training=training,
         limits=['64 px, frontal faces framed as in CelebA; do not use it to recognise people',
                 'celebrities of one data set: other ages and skin colours are under-represented, '
                 'and errors will not be even',
@@ -232,10 +245,14 @@ def embedder_card(run, measured, teacher_info, data, sha, # a `DistillRun`; see 
 class Options:
     "Distil the shipped face embedder."
     celeba: Path            # folder of CelebA
-    teacher: Path           # MobileFaceNet's state dict
     out: Path               # folder for caches, checkpoint, weights and card
+    teacher: Path|None = None # MobileFaceNet's state dict; not needed where --targets is there
+    targets: Path|None = None # the teacher's features of the training photos: read, or made by --teacher
     fs2k: Path|None = None  # folder of FS2K: measures photo against sketch on its train pairs
     device: str = 'cpu'
+    workers: int = 0        # processes that draw the pictures; 0: none beside this one
+    no_measure: bool = False # stop once the weights are saved, without test photos and card
+    card_only: bool = False # measure what --no-measure saved and write its card
     whole: bool = False     # train on the whole picture, not only the face box
     init: Path|None = None  # weights of an earlier run to go on from
     config: DistillConfig = field(default_factory=DistillConfig)
@@ -244,38 +261,60 @@ class Options:
 def main(argv=None) -> int:
     "Command line; see `--help`."
     o = command(Options, argv, 'python -m diffclip_da.workshop.train_embedder')
-    cfg = replace(o.config, face_box=None) if o.whole else o.config
-    init = read_tensors(o.init, flat=True) if o.init else None
-    train, test = celeba(o.celeba, 'train'), celeba(o.celeba, 'test')
-    teacher = load_teacher(o.teacher, device=o.device)
-    targets = cached_tensor(o.out/'teacher.safetensors',
-                            canonical_hash([fingerprint(teacher), train.name, train.ids, 148]),
-                            lambda: torch.from_numpy(embed_all(teacher, train, 40, 148)))
-    images = cached_tensor(o.out/'images.safetensors', canonical_hash([train.name, train.ids, 64]),
-                           lambda: training_pictures(train, 64))
-    net, run = distill(images, person_targets(targets, persons(train)), cfg, o.out, o.device, init)
-    card = o.init.with_name('card.json') if o.init else None
-    before = read_json(card)['training'] if card and card.exists() else None
-    finish(net.cpu(), run, teacher, train, test, o.fs2k, o.out, before)
+    test = None if o.no_measure else celeba(o.celeba, 'test')
+    if not o.card_only: train_and_save(o, local_device(o.device))
+    if test: write_card(o.out, test, o.fs2k)
     return 0
 
+def teacher_features(o:Options, train, device) -> tuple: # its pictures -> ([n, dim], the teacher's `info`)
+    "Read from `o.targets`, or made by `o.teacher` and kept."
+    ours = canonical_hash([train.name, train.ids, 148])
+    if o.targets and o.targets.exists():
+        facts = read_json(o.targets.with_suffix('.json'))
+        if facts['pictures'] != ours:
+            raise UserError(f'{o.targets} holds the features of other pictures than those of {train.name} in '
+                            f'{o.celeba}: give --teacher, and another file as --targets')
+        return read_tensors(o.targets)['features'].float(), facts['teacher']
+    if not o.teacher: raise UserError('give --teacher, or --targets with a file that is there')
+    teacher = load_teacher(o.teacher, device=device)
+    e = cached_tensor(o.out/'teacher.safetensors',
+                      canonical_hash([fingerprint(teacher), train.name, train.ids, 148]),
+                      lambda: torch.from_numpy(embed_all(teacher, train, 40, 148)))
+    if o.targets:
+        with atomic_write(o.targets) as f: f.write(safetensors_bytes(dict(features=e.half())))
+        write_json(o.targets.with_suffix('.json'), dict(teacher=teacher.info, pictures=ours))
+    return e, teacher.info
+
+def train_and_save(o:Options, device):
+    "Distil; leave the weights and what the card will say of the training in `o.out`."
+    cfg = replace(o.config, face_box=None) if o.whole else o.config
+    torch.backends.cudnn.benchmark = device.type == 'cuda'   # all batches have one shape
+    init = read_tensors(o.init, flat=True) if o.init else None
+    train = celeba(o.celeba, 'train')
+    targets, info = teacher_features(o, train, device)
+    images = cached_tensor(o.out/'images.safetensors', canonical_hash([train.name, train.ids, 64]),
+                           lambda: training_pictures(train, 64))
+    net, run = distill(images, person_targets(targets, persons(train)), cfg, o.out, device, init, o.workers)
+    card = o.init.with_name('card.json') if o.init else None
+    before = read_json(card)['training'] if card and card.exists() else None
+    save_embedder(net.cpu(), o.out)
+    write_json(o.out/'training.json', training_facts(run, info, train, o.workers, before))
+
 # %% ../../nbs/18_train_embedder.ipynb #5d605050
-def finish(net, run, teacher, train, test, fs2k_root, out, before=None):
-    "Save, measure what was saved, write the card."
-    sha = save_embedder(net, out)
-    path = Path(out)/'embedder.safetensors'
-    saved = fit_state(FaceNet64(run.cfg.widths, run.cfg.depths), read_tensors(path, flat=True),
-                      path, 'FaceNet64')
+def write_card(out, test, fs2k_root=None): # folder of `train_and_save`; `ImageSet`; folder
+    "Measure what was saved, write its card."
+    path, facts = Path(out)/'embedder.safetensors', read_json(Path(out)/'training.json')
+    state = read_tensors(path, flat=True)
+    saved, sha = fit_state(facenet64_for(state), state, path, 'FaceNet64'), sha256_file(path)
     pairs = [fs2k(fs2k_root, 'train', k) for k in ('photo', 'sketch')] if fs2k_root else []
     embedder = Embedder(saved, 64, dict(name='facenet64', sha256=sha, provenance='shipped'),
-                        run.cfg.face_box)
+                        facts['training']['config']['face_box'])
     measured = measure(embedder, test, *pairs)
-    data = dict(train=f'CelebA train partition, {len(train):,} pictures, '
-                      f'{len(set(train.identity.values())):,} people',
+    data = dict(train=facts['pictures'],
                 test=f'CelebA test partition, {len(test):,} pictures',
                 photo_sketch=f'FS2K train split, {len(pairs[0]):,} pairs, measured only' if pairs
                 else 'not measured')
-    write_json(Path(out)/'card.json', embedder_card(run, measured, teacher.info, data, sha, before))
+    write_json(Path(out)/'card.json', embedder_card(facts['training'], measured, data, sha))
     print(measured)
 
 # %% ../../nbs/18_train_embedder.ipynb #9d95c0f2
