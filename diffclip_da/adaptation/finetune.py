@@ -16,7 +16,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from .losses import diffusionclip_loss, text_direction
+from .losses import GREY, diffusionclip_loss, greying, text_direction
 from ..core import (DTYPES, UserError, in_dtype, new_generator, progress,
                               ran_out_of_memory)
 from ..diffusion.ddim import ddim_step, sample
@@ -32,7 +32,7 @@ from ..store import (Damaged, Pace, atomic_write, cached_tensor, canonical_hash,
 class Recipe:
     """How a network is tuned (arXiv 2110.02711). The defaults suit the shipped network. `check` checks it.
 
-    Example: `Recipe(n_images=50, colour_weight=0.)`, for fewer photos and new colours"""
+    Example: `Recipe(n_images=50, views=400)`, for fewer photos and half of the time"""
     n_images: int = 200         # images to tune on, at most
     views: int = 800            # pictures to show in all, repeats counted
     passes: int | None = None   # passes over the images; None: as many as show `views` pictures
@@ -43,7 +43,7 @@ class Recipe:
     l1_weight: float = .03      # weight of the pixel loss, mean |x_gen - x0| in [-1, 1] units
     id_weight: float = 2.       # weight of the face identity loss
     grid_weight: float = 0.     # weight against patterns of period two, for networks that are not calm (notebook 07)
-    colour_weight: float = 5.   # weight against hues that the photo lacks; 0 where new colours are wanted
+    colour_weight: float = 5.   # weight against hues that the photo lacks, where the words ask for greys (`greying`)
     n_crops: int = 4            # augmented copies per image that CLIP looks at; 0: the plain image
     augment_noise: float = .1   # standard deviation of the noise added to them
     augment_scale: float = .35  # smallest crop's side, as part of the image's
@@ -209,13 +209,18 @@ class Economy:
 
 # %% ../../nbs/12_finetune.ipynb #c00f88bd
 class FinetuneLoss:
-    "`loss(x_gen, x_ref, generator) -> dict`: `total` and each unweighted term, if its weight is not 0."
-    def __init__(self, guide, embedder, source: str, target: str, recipe: Recipe):
+    """`loss(x_gen, x_ref, generator) -> dict`: `total` and each unweighted term, if its weight is not 0.
+
+    The colour term counts only where the words ask for greys, as `greying` finds with some photos."""
+    def __init__(self, guide, embedder, source: str, target: str, recipe: Recipe,
+                 photos=None): # [n, 3, h, w] in [-1, 1]; None: the colour term counts for all words
         for name, model, what in (('clip_weight', guide, 'CLIP'), ('id_weight', embedder, 'face embedder')):
             if getattr(recipe, name) and model is None:
                 raise UserError(f'{name} = {getattr(recipe, name)} needs a {what}; give one or set {name}=0')
         self.guide, self.embedder, self.recipe = guide, embedder, recipe
         self.delta_t = text_direction(guide, source, target) if recipe.clip_weight else None
+        if photos is not None and recipe.clip_weight and recipe.colour_weight:
+            if greying(guide, photos, self.delta_t) < GREY: self.recipe = replace(recipe, colour_weight=0.)
 
     def __call__(self, x_gen, x_ref, generator) -> dict: # [b, 3, h, w] in [-1, 1], twice
         r = self.recipe
@@ -386,7 +391,8 @@ def finetune(model, x0: torch.Tensor, # pre-trained network, not modified; image
     model = copy.deepcopy(model).eval()
     for m in (guide, embedder):
         if isinstance(m, torch.nn.Module): m.to(device_of(model)).eval().requires_grad_(False)
-    loss = FinetuneLoss(guide, embedder, source, target, recipe)   # refuses a prompt before any work
+    loss = FinetuneLoss(guide, embedder, source, target, recipe,   # refuses a prompt before any work
+                        x0[:32].to(device_of(model)))
     key = finetune_key(model, x0, guide, embedder, schedule, source, target, walk, recipe, dtype, latents)
     if latents is None:
         def make(): return compute_latents(model, x0, walk, schedule)

@@ -309,7 +309,7 @@ class HspaceStudy:
         "The same word by fine-tuning, on the same photos."
         b, p = self.bench, self.bench.exp.profile
         recipe = replace(p.recipe, n_images=self.n_tune, passes=4)
-        if word != 'sketch': recipe = replace(recipe, l1_weight=.3, colour_weight=0.)
+        if word != 'sketch': recipe = replace(recipe, l1_weight=.3)
         source = 'photo' if word == 'sketch' else 'a person'
         def make():
             tuned, _ = finetune(b.unet, b.photos('train', self.n_tune), source, WORDS_EDITED[word],

@@ -102,7 +102,6 @@ class MixingStudy:
     def tune(self, word: str):
         "The U-Net fine-tuned to a word."
         b, recipe = self.bench, self.recipe
-        if word != 'sketch': recipe = replace(recipe, colour_weight=0.)   # colours are wanted
         photos = b.photos('train', recipe.n_images)
         key = canonical_hash([word, recipe, self.walk, [fingerprint(m) for m in b.exp.models],
                               code_hash(finetune),

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['DRAWN', 'restyle', 'jitter', 'person_targets', 'distill_loss', 'DistillConfig', 'training_pictures_of_step',
            'distill', 'DistillRun', 'verification_auc', 'pair_auc', 'persons', 'measure', 'save_embedder',
-           'training_facts', 'embedder_card', 'Options', 'main', 'teacher_features', 'train_and_save', 'write_card']
+           'embedder_facts', 'embedder_card', 'Options', 'main', 'teacher_features', 'train_and_save',
+           'write_embedder_card']
 
 # %% ../../nbs/18_train_embedder.ipynb #95899028
 import math
@@ -207,7 +208,7 @@ def save_embedder(net, folder) -> str: # FaceNet64; file's sha256
     return sha256_file(path)
 
 # %% ../../nbs/18_train_embedder.ipynb #fff18451
-def training_facts(run, teacher_info, train, workers=0, before=None) -> dict: # a `DistillRun`; an `ImageSet`
+def embedder_facts(run, teacher_info, train, workers=0, before=None) -> dict: # a `DistillRun`; an `ImageSet`
     "What the card says of the training; `before`: that of the run that this one went on from."
     device = torch.device(run.device)
     where = (f'{torch.cuda.get_device_name(device)}, {workers} workers' if device.type == 'cuda'
@@ -224,7 +225,7 @@ def training_facts(run, teacher_info, train, workers=0, before=None) -> dict: # 
                       config=asdict(run.cfg) | dict(n_images=run.seen), teacher=teacher_info,
                       before=before))
 
-def embedder_card(training, measured, data, sha) -> dict: # of `training_facts`; see `write_card`
+def embedder_card(training, measured, data, sha) -> dict: # of `embedder_facts`; see `write_embedder_card`
     "The card of the shipped embedder."
     return dict(
         name='facenet64', measured=measured,
@@ -263,7 +264,7 @@ def main(argv=None) -> int:
     o = command(Options, argv, 'python -m diffclip_da.workshop.train_embedder')
     test = None if o.no_measure else celeba(o.celeba, 'test')
     if not o.card_only: train_and_save(o, local_device(o.device))
-    if test: write_card(o.out, test, o.fs2k)
+    if test: write_embedder_card(o.out, test, o.fs2k)
     return 0
 
 def teacher_features(o:Options, train, device) -> tuple: # its pictures -> ([n, dim], the teacher's `info`)
@@ -298,10 +299,10 @@ def train_and_save(o:Options, device):
     card = o.init.with_name('card.json') if o.init else None
     before = read_json(card)['training'] if card and card.exists() else None
     save_embedder(net.cpu(), o.out)
-    write_json(o.out/'training.json', training_facts(run, info, train, o.workers, before))
+    write_json(o.out/'training.json', embedder_facts(run, info, train, o.workers, before))
 
 # %% ../../nbs/18_train_embedder.ipynb #5d605050
-def write_card(out, test, fs2k_root=None): # folder of `train_and_save`; `ImageSet`; folder
+def write_embedder_card(out, test, fs2k_root=None): # folder of `train_and_save`; `ImageSet`; folder
     "Measure what was saved, write its card."
     path, facts = Path(out)/'embedder.safetensors', read_json(Path(out)/'training.json')
     state = read_tensors(path, flat=True)
