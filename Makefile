@@ -90,10 +90,10 @@ lab: $(STAMP) ## JupyterLab on the notebooks
 
 assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, into $(OUT)
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" -a -n "$(TEACHER)" || { echo "give CELEBA=folder FS2K=folder TEACHER=mobilefacenet.pt"; exit 2; }
-	$(BIN)/python -m diffclip_da.models.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v
+	$(BIN)/python -m diffclip_da.models.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v --calm
 	$(BIN)/python -m diffclip_da.workshop.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out $(OUT)/clip --work $(OUT)/train_clip
 	$(BIN)/python -m diffclip_da.workshop.train_embedder --celeba "$(CELEBA)" --teacher "$(TEACHER)" --out $(OUT)/embedder
-	$(BIN)/python -m diffclip_da.workshop.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --scale 1 --draw 3 --out $(OUT)
+	$(BIN)/python -m diffclip_da.workshop.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --gaussian 150 --draw 3 --n-samples 200 --steps 50 --out $(OUT)
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --wheel

@@ -39,7 +39,7 @@ ADDED = {  # command as README has it: what is added to it here
     '.venv/bin/diffclip-adapt photos/ --target "sketch" --out kept-sketches/ --save my-adapter/': TOY,
     '.venv/bin/diffclip-adapt more/ --adapter my-adapter/ --out more-sketches/': '',
     '.venv/bin/diffclip-adapt holiday/ --align --target "sketch" --out holiday-sketches/': TOY,
-    '.venv/bin/diffclip-adapt photos/ --target "a watercolour" --colour-weight 0 --out watercolours/': TOY,
+    '.venv/bin/diffclip-adapt photos/ --target "a watercolour" --out watercolours/': TOY,
     '.venv/bin/diffclip-adapt --list-looks --preview': '',
     '.venv/bin/diffclip-adapt photos/ --target "sketch" --clip ViT-B-16/openai --out by-openai/': TOY,
     '.venv/bin/python -m diffclip_da.models.train --images photos/ --out runs/unet': TINY_UNET,
