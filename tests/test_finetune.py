@@ -101,6 +101,17 @@ def test_missing_guides_are_named(unet, x0, clip):
     with pytest.raises(UserError, match='id_weight'): finetune(unet, x0, clip, None, schedule, replace(cfg, id_weight=1.))
 
 
+def test_colours_are_free_where_the_words_do_not_ask_for_greys():
+    from diffclip_da.data import shipped_faces
+    from diffclip_da.models.load import load_guide
+    guide, faces = load_guide('shipped'), shipped_faces('valid')
+    photos = faces.tensor(faces.ids[:16], 64)
+    def weight(target, photos=photos): return FinetuneLoss(guide, None, 'photo', target, Recipe(id_weight=0.), photos).recipe.colour_weight
+    assert [weight(w) for w in ('sketch', 'a charcoal drawing', 'a woodcut')] == [Recipe().colour_weight] * 3
+    assert [weight(w) for w in ('an oil painting', 'a watercolour', 'a cartoon', 'neon')] == [0.] * 4
+    assert weight('an oil painting', None) == Recipe().colour_weight   # nothing to ask with
+
+
 def test_full_and_checkpointed_gradients_agree(x0, clip):
     unet = tiny_unet(16)
     latents, pairs, got = compute_latents(unet, x0, walk, schedule), step_pairs(400, 3), {}

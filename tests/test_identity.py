@@ -259,4 +259,20 @@ def test_drawn_faces_are_found_again_by_what_they_depend_on(tmp_path, monkeypatc
     def draw(n=6, model=None, **kw): return assets.draw_faces(model or tiny_unet(n_classes=3), n, 0, linear_schedule(), tmp_path, **(dict(steps=2, batch_size=4) | kw))
     x, y = draw(); again, _ = draw()
     assert torch.equal(x, again) and len(calls) == 2 and y.tolist() == [0, 1, 2, 0, 1, 2] and x.dtype == torch.uint8
-    for kw in (dict(scale=1.), dict(steps=3), dict(model=tiny_unet(n_classes=3, seed=1))): assert not torch.equal(draw(**kw)[0], x)
+    for kw in (dict(scale=1.), dict(steps=3), dict(eta=0.), dict(model=tiny_unet(n_classes=3, seed=1))): assert not torch.equal(draw(**kw)[0], x)
+
+
+def test_a_noise_aware_classifier_may_ask_for_the_class(tmp_path):
+    from diffclip_da.diffusion.schedule import linear_schedule
+    from diffclip_da.models.unet import tiny_unet
+    from diffclip_da.related.classifier_guidance import NoisyClassifier
+    from diffclip_da.workshop.assets import draw_faces
+    s, unet = linear_schedule(), tiny_unet(n_classes=2)
+    torch.manual_seed(0)
+    net = NoisyClassifier(2, s).eval()
+    def draw(scale): return draw_faces(unet, 4, 0, s, tmp_path, scale, steps=3, classifier=net)[0].float()
+    free, pulled = draw(0.), draw(50.)
+    assert torch.equal(free, draw_faces(unet, 4, 0, s, tmp_path/'free', 0., steps=3)[0].float()), 'scale 0 ignores classes'
+    t = torch.zeros(4, dtype=torch.long)
+    def sure(x): return net.log_prob(x / 127.5 - 1, t, torch.tensor([0, 1, 0, 1])).sum().item()
+    assert not torch.equal(free, pulled) and sure(pulled) > sure(free)

@@ -5,7 +5,7 @@ from torch import nn
 
 from diffclip_da.core import UserError, new_generator
 from diffclip_da.models import loop
-from diffclip_da.models.loop import NanLoss, TrainingLoop, bfloat16_or_not, fast_bfloat16, moving_average, rate_factor, set_rate
+from diffclip_da.models.loop import NanLoss, TrainingLoop, ahead, bfloat16_or_not, fast_bfloat16, moving_average, rate_factor, set_rate
 
 
 def fit(path, n_steps=12, stop_at=None, settings=None, nan_at=None, **kw):
@@ -133,3 +133,17 @@ def test_temporaries_of_a_killed_training_go(tmp_path):
     (tmp_path/'a.pt.99999999-0123abcd.tmp').write_bytes(b'half wri')
     fit(tmp_path/'a.pt')
     assert [p.name for p in tmp_path.iterdir()] == ['a.pt']
+
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_batches_made_ahead_come_in_order_from_any_step(workers):
+    got = list(ahead(lambda k: (torch.full((3,), k), str(k)), range(5, 16), workers))
+    assert [int(x[0]) for x, _ in got] == list(range(5, 16)) and [s for _, s in got] == [str(k) for k in range(5, 16)]
+
+
+def test_what_a_batch_maker_raises_reaches_the_training():
+    def make(k):
+        if k == 2: raise UserError('picture 2 is damaged')
+        return torch.zeros(1)
+    for workers in (0, 1):
+        with pytest.raises(UserError, match='picture 2 is damaged'): list(ahead(make, range(4), workers))

@@ -199,3 +199,10 @@ def test_pictures_from_the_disk_train_like_pictures_in_memory(tmp_path):
     check_training_set(model, disk, labels)
     for one, other in zip(*(training_batch(x, labels, 2, cfg, linear_schedule(), torch.Generator().manual_seed(3)) for x in (memory, disk))): assert torch.equal(one, other)
     with pytest.raises(UserError, match='images are 16x16, the model wants 32x32'): check_training_set(small_unet(32, channels=(32, 32)), disk, labels)
+
+
+def test_pictures_stay_where_they_are_without_a_gpu(images):
+    from diffclip_da.models.train import generator_for, near
+    disk = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    assert near(disk, 'cpu') is disk and generator_for('cpu', 3).device.type == 'cpu'
+    assert torch.equal(torch.rand(2, generator=generator_for('cpu', 3)), torch.rand(2, generator=torch.Generator().manual_seed(3)))
