@@ -142,3 +142,12 @@ def test_tables_for_notebooks():
     for figure in ('figure3', 'figure4'):
         r = read_json(ROOT/f'figures/embedded/{figure}.json')
         assert results_table(r).loc['test target', 'accuracy'].iloc[0] == round(r['summary']['test_target_accuracy']['mean'], 3)
+
+
+def test_weights_that_no_longer_ship_are_told_from_those_that_do():
+    from diffclip_da.study.page import origin
+    from diffclip_da.store import load_card
+    now = load_card('embedder')['files']['embedder.safetensors']
+    assert origin('identity', dict(provenance='shipped', sha256=now)) == 'shipped'
+    assert origin('unet', dict(provenance='shipped', sha256='0' * 64)) == 'shipped before'
+    assert origin('clip', dict(provenance='local', sha256='0' * 64)) == 'local'

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'FIRST', 'percent', 'spaced', 'markdown', 'summary_table', 'Methods', 'baseline_section', 'plain_section',
-           'picked', 'told', 'Chapter', 'settings_that_differ', 'made_by', 'chapter', 'findings', 'records_in',
-           'page_of', 'write_results', 'Page', 'main']
+           'picked', 'told', 'Chapter', 'settings_that_differ', 'origin', 'made_by', 'chapter', 'findings',
+           'records_in', 'page_of', 'write_results', 'Page', 'main']
 
 # %% ../../nbs/15d_page.ipynb #4b7073c8
 import os, re, sys
@@ -18,7 +18,7 @@ import tyro
 from ..core import UserError, command, friendly_exit
 from ..data import repo_root
 from ..settings import differing, flatten
-from ..store import atomic_write, read_json
+from ..store import atomic_write, load_card, read_json
 from .baselines import LONGER, METHODS, QUESTIONS, same_budget
 from .evaluate import closed, figures_of, group_of
 from .outside import WHERE
@@ -224,10 +224,15 @@ def settings_that_differ(record:dict, reference) -> str: # the json of the figur
     # a setting that only one of them has: the settings had other names when it was made
     return ', '.join(told + ['some that only one of the two has'] * (len(told) < len(differ)))
 
+def origin(role:str, w:dict) -> str: # 'unet', 'clip' or 'identity'; what a record says of its weights
+    "Where weights are from; 'shipped before' if other ones ship now."
+    if w['provenance'] != 'shipped': return w['provenance']
+    now = load_card('embedder' if role == 'identity' else role)['files'].values()
+    return 'shipped' if w['sha256'] in now else 'shipped before'
+
 def made_by(r:dict, reference) -> str: # a record; the json of the figure to compare with
     "Seeds, weights and commit of a record, and where its settings are others."
-    about = lambda w: f"{w['name']} ({w['provenance']}, {w['sha256'][:12]})"
-    weights = '; '.join(f'{k} {about(w)}' for k, w in r['weights'].items())
+    weights = '; '.join(f"{k} {w['name']} ({origin(k, w)}, {w['sha256'][:12]})" for k, w in r['weights'].items())
     seeds, commit = ', '.join(map(str, r['seeds'])), (r['commit'] or 'unknown')[:12]
     made = f'Seeds {seeds}; weights: {weights}; commit {commit}.'
     other = settings_that_differ(r, reference)
