@@ -85,7 +85,7 @@ def commands(tmp_path_factory):
     real = T.small_unet
     with pytest.MonkeyPatch.context() as m:
         m.setenv('DIFFCLIP_CHECKPOINT_SECONDS', '0')   # a checkpoint at every update
-        m.setattr(T, 'small_unet', lambda size, **kw: real(size, channels=(16, 32), patch=2, **kw))
+        m.setattr(T, 'small_unet', lambda size, _, **kw: real(size, channels=(16, 32), patch=2, **{**kw, 'attention': 1}))
         for command in (front, train): command(root/f'warm-{command.__name__}')()   # the forks inherit what is read once
         yield dict(front=front, train=train)
 
