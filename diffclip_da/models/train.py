@@ -16,14 +16,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ..core import UserError, command, friendly_exit, from_uint8, local_device, processes
+from ..core import UserError, command, friendly_exit, from_uint8, local_device, new_generator, processes
 from ..data import ImageSet, celeba, few, image_folder
 from ..diffusion.reverse import diffusion_loss, p2_weight
 from ..diffusion.schedule import Schedule, linear_schedule
 from .load import load_unet
 from .loop import (TrainingLoop, bfloat16_or_not, moving_average, rate_factor,
                                      set_rate)
-from .unet import EpsUNet, fine_spectrum, save_unet, small_unet
+from .unet import ATTENTION, CHANNELS, EpsUNet, fine_spectrum, save_unet, small_unet
 from ..store import canonical_hash, check_room, doing, remove_leftovers, tensor_hash
 
 # %% ../../nbs/08_train.ipynb #c2d4a0be
@@ -88,7 +88,7 @@ def training_batch(images,     # [n, c, h, w] uint8
 # %% ../../nbs/08_train.ipynb #23d60b49
 def generator_for(device, seed: int) -> torch.Generator:
     "A GPU draws its own numbers, since a processor cannot keep up with it; all else draws on the CPU."
-    return torch.Generator('cuda' if torch.device(device).type == 'cuda' else 'cpu').manual_seed(seed)
+    return new_generator(seed, device if torch.device(device).type == 'cuda' else 'cpu')
 
 def near(images, device, share: float = .25): # a tensor or `Packed`, on the CPU; of the GPU's free memory
     "The pictures as a tensor on the GPU, if there is one and they take at most `share` of it."
@@ -204,8 +204,8 @@ class Options:
     labels: str = ''
     image_size: int = 64    # pixels
     v: bool = False         # predict velocity (notebook 07), its error weighed by (1 + SNR)^-0.5
-    channels: tuple[int, ...] = (64, 96, 128, 160) # width of each level of the network, multiples of 32
-    attention: int = 3      # levels of the network with self-attention, counted from the coarsest
+    channels: tuple[int, ...] = CHANNELS # width of each level of the network, multiples of 32
+    attention: int = ATTENTION # levels of the network with self-attention, counted from the coarsest
     # answer the finest frequencies by the pictures' own spectrum (notebook 07), which needs --v; an --init may bring it
     calm: bool = False
     # start from this U-Net: "shipped" or a folder; its size and classes must fit, and attention that it lacks

@@ -270,14 +270,16 @@ def main(argv=None) -> int:
     model, n_drawn = load_unet(o.unet).to(device), 2 * math.ceil(n * o.draw / 2)
     how = dict(steps=o.steps, eta=o.eta, batch_size=o.batch_size, bf16=bfloat16_or_not(o.bf16, device), device=device)
     classifier = load_noisy(o.classifier).to(device) if o.classifier else None
+    if not o.draw_only:   # a wrong folder or name is found before hours of drawing
+        embedder = load_embedder(o.embedder)
+        train, test = (photos_of(o.celeba, k, model.image_size) for k in ('train', 'test'))
     if o.compile: model.unet.compile()
     samples, _ = draw_faces(model, o.n_samples, o.seed + 1, schedule, Path(o.out) / 'drawn', 1., **how)
     if not o.gaussian:
         images, labels = draw_faces(model, n_drawn, o.seed, schedule, Path(o.out) / 'drawn', o.scale,
                                     classifier=classifier, **how)
     if o.draw_only: return 0
-    model, embedder = model.cpu(), load_embedder(o.embedder)
-    train, test = (photos_of(o.celeba, k, model.image_size) for k in ('train', 'test'))
+    model = model.cpu()
     if o.gaussian:
         labels = torch.arange(n_drawn) % 2
         images = to_uint8(ClassGaussian(*train, o.gaussian).draw(labels, new_generator(o.seed)))
