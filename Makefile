@@ -53,10 +53,11 @@ results: $(STAMP) $(GUIDE) ## Figures 23-29, 35 and their page (PROFILE=celeba64
 	$(BIN)/python -m diffclip_da.study.page $(PROFILE) $(if $(TARGET),--own "$(TARGET)")
 
 .PHONY: related
-related: $(STAMP) ## Figures 30-34, the other systems of the paper (PROFILE, CELEBA, FS2K, JUDGE as above; runs/gan holds the GAN); killed, the same command goes on
+related: $(STAMP) ## Figures 30-34, the other systems of the paper (PROFILE, CELEBA, FS2K, JUDGE as above; runs/gan holds the GAN, runs/noisy the noise-aware classifier); killed, the same command goes on
 	@mkdir -p runs/$(PROFILE)
 	@for nb in 30_classifier_guidance 31_hspace 32_mixing 33_gan 34_shift; do \
 	  case $$nb in \
+	    30_*) set -- $(if $(CELEBA),$(if $(wildcard runs/noisy/noisy.pt),-p noisy runs/noisy/noisy.pt));; \
 	    31_hspace) set -- $(if $(FS2K),-p fs2k "$(FS2K)");; \
 	    33_gan) set -- $(if $(CELEBA),$(if $(wildcard runs/gan/checkpoint.pt),-p gan runs/gan));; \
 	    *) set --;; \

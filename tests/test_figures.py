@@ -132,3 +132,11 @@ def test_a_majority_of_three_classes_scores_a_third():
     r = record(numbers=dict(majority=.4), data=dict(classes=['a', 'b', 'c']), figure='figure3',
                summary={'test_target_accuracy': entry(), 'test_target_balanced_accuracy': entry()}, tolerance={})
     assert results_table(r).loc['majority class', 'balanced accuracy'] == .333
+
+
+def test_a_long_title_of_a_row_does_not_part_its_pictures():
+    fig = plt.figure(figsize=(6, 2), layout='constrained')
+    figures.titled_rows(fig, {'a title much longer than the first picture is wide': torch.zeros(5, 3, 8, 8)})
+    fig.canvas.draw()
+    left = np.array([ax.get_position().x0 for ax in fig.axes])
+    assert np.ptp(np.diff(left)) < .01

@@ -32,6 +32,7 @@ from diffclip_da.related.mixing import blend_people, figure32, lerp, mix_models,
 from diffclip_da.related.shift import (GroupReader, attribute_auroc, bbse, biased_choice, bootstrap_shares,
                                        confusion_matrix_of, edit_plan, em_shares, figure34, group_weights,
                                        shifted_bench, train_weighted)
+from diffclip_da.store import fingerprint
 from diffclip_da.study.experiment import Experiment
 from diffclip_da.study.figures import validate_record
 from diffclip_da.study.profile import get_profile
@@ -486,6 +487,13 @@ def test_figure30_in_small(toy, tmp_path):
     s = checked(figure30(toy, 8, 3, NoisyTraining(n_images=64), scales=(0., 1., 2.), free=(1.,)), 'figure30', tmp_path,
                 'classifier/2/agreement', 'classifier/0/frechet', 'noisy classifier/400')
     assert not any(k.startswith('free') for k in s)   # the toy U-Net knows no labels
+
+
+def test_figure30_takes_a_classifier_that_was_trained_elsewhere(toy, tmp_path):
+    net = train_noisy(toy.photos('train'), toy.truth('train', 'Male'), toy.schedule, NoisyTraining(n_images=32), tmp_path/'noisy')
+    fig, record, _ = figure30(toy, 8, 3, noisy=str(tmp_path/'noisy/noisy.pt'), scales=(0., 1., 2.))
+    assert record['numbers']['noisy_classifier'] == fingerprint(net)
+    with pytest.raises(UserError, match='none.pt'): figure30(toy, 8, 3, noisy=str(tmp_path/'none.pt'), scales=(0., 1., 2.))
 
 
 def test_figure31_in_small(toy, tmp_path):

@@ -21,7 +21,7 @@ from torch import nn
 
 from ..core import (COLOURS, UserError, command, friendly_exit, from_uint8, local_device, new_generator,
                               set_style)
-from ..data import celeba as celeba_photos
+from ..data import celeba as celeba_photos, repo_root
 from ..diffusion.ddim import sample, step_pairs
 from ..diffusion.forward import noise_like, q_sample
 from ..diffusion.guidance import classifier_guided, guided
@@ -30,7 +30,7 @@ from ..models.identity import embed_all, frechet_distance
 from ..models.loop import TrainingLoop
 from ..models.train import mirrored, training_pictures
 from .bench import Bench
-from ..store import canonical_hash, load_state, tensor_hash
+from ..store import canonical_hash, fingerprint, load_state, tensor_hash
 from ..study.figures import titled_rows
 from ..study.stats import over_images
 
@@ -147,9 +147,12 @@ def principal(real, made, n: int = 16) -> tuple: # features [n, d], [m, d] -> th
 class GuidanceStudy:
     "What Figure 30 measures: labelled faces by either guidance at several scales."
     def __init__(self, bench: Bench, n_drawn: int = 48, n_steps: int = 30,
-                 training: NoisyTraining = NoisyTraining()):
+                 training: NoisyTraining = NoisyTraining(), noisy: str = ''):
         self.bench, self.n, self.n_steps, self.attribute = bench, n_drawn, n_steps, bench.exp.profile.attribute
         self.labels = torch.arange(n_drawn) % 2
+        if noisy:   # trained elsewhere, on more photos
+            self.net = load_noisy(repo_root()/noisy, bench.schedule)
+            return
         y, x = bench.truth('train', self.attribute), bench.photos('train')
         key = f'{tensor_hash(x)[:16]}-{canonical_hash([y.tolist(), training])}'
         with bench.exp.stage('noisy classifier', key) as folder:
@@ -203,10 +206,10 @@ def plot_guidance(table: pd.DataFrame,
     return fig
 
 def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for each scale; steps
-             training: NoisyTraining = NoisyTraining(),
+             training: NoisyTraining = NoisyTraining(), noisy: str = '', # a trained one's file
              scales=(0., 1., 3., 6., 12.), free=(1., 1.5, 3.)) -> tuple: # of both kinds of guidance
     "Figure 30: labelled faces by guidance -> (fig, record, table)."
-    tic, study, summary = time.monotonic(), GuidanceStudy(bench, n_drawn, n_steps, training), {}
+    tic, study, summary = time.monotonic(), GuidanceStudy(bench, n_drawn, n_steps, training, noisy), {}
     if not bench.unet.n_classes: free = ()   # it knows no labels
     rows = [study.measure(kind, s) for kind, ss in (('classifier', scales), ('free', free))
             for s in ss]
@@ -230,8 +233,8 @@ def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for eac
     order = ', '.join((names * 2)[:3])
     pictures = {f'{words[k]}, scale {s:g}: {order}, ...': study.faces(k, s)[:14] for k, s in shown}
     fig = plot_guidance(table, pictures)
-    return bench.finish('figure30', fig, dict(minutes=(time.monotonic() - tic) / 60), summary,
-                        table, f'{n_drawn} faces a scale')
+    numbers = dict(minutes=(time.monotonic() - tic) / 60, noisy_classifier=fingerprint(study.net))
+    return bench.finish('figure30', fig, numbers, summary, table, f'{n_drawn} faces a scale')
 
 # %% ../../nbs/30_classifier_guidance.ipynb #3a288415
 @dataclass(frozen=True)

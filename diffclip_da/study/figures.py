@@ -119,7 +119,10 @@ def show_rows(sub, rows:list, **kwargs): # a (sub)figure; [[n, 3, h, w], ...] of
 def titled_rows(sub, pictures:dict, pad=2): # as above; title -> [n, 3, h, w]
     "`show_rows` with a title above each row's first picture."
     axs = show_rows(sub, list(pictures.values()))
-    for row, name in zip(axs, pictures): row[0].set_title(name, fontsize=8, loc='left', pad=pad)
+    for row, name in zip(axs, pictures):
+        row[0].set_title(' ', fontsize=8, pad=pad)   # keeps the height; a long title would widen the column
+        row[0].annotate(name, (0, 1), (0, 3), 'axes fraction', 'offset points', fontsize=8,
+                        annotation_clip=False).set_in_layout(False)
 
 def captioned(fig:plt.Figure, caption:str, title:str='', fontsize:float=7) -> plt.Figure:
     "The figure with small print below; closed, so that a notebook shows it once."
