@@ -12,6 +12,8 @@ GUIDE   := $(if $(OTHER),,$(if $(and $(CELEBA),$(FS2K)),guide))
 VENV    ?= .venv
 BIN     := $(VENV)/bin
 STAMP   := $(VENV)/.installed
+# what builds the book is small and needs no PyTorch, so it has an environment of its own
+BOOK    := runs/book/venv
 # papermill -p takes KEY VALUE: e.g. make figures ARGS="-p n_inv 40"
 ARGS    ?=
 # for the time left: the records of the figures that are still to come; the loops below add their numbers
@@ -42,7 +44,7 @@ results: $(STAMP) $(GUIDE) ## Figures 23-29, 35 and their page (PROFILE=celeba64
 	@mkdir -p runs/$(PROFILE)
 	@for n in 35 23 24 25 26 27 28 29; do \
 	  case $$n in \
-	    27) set -- $(if $(JUDGE),-p judge "$(JUDGE)");; \
+	    26|27) set -- $(if $(JUDGE),-p judge "$(JUDGE)");; \
 	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(or $(OTHER),runs/guide/clip)";; \
 	    35) set -- $(if $(OTHER)$(GUIDE),-p other "$(or $(OTHER),runs/guide/clip)");; \
 	    *) set --;; \
@@ -88,6 +90,15 @@ verify: $(STAMP) ## compare figures/$(PROFILE)/*.json with the committed ones, w
 
 lab: $(STAMP) ## JupyterLab on the notebooks
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter lab --notebook-dir=nbs
+
+$(BOOK)/.installed: settings.ini constraints.txt
+	$(PYTHON) -m venv $(BOOK)
+	$(BOOK)/bin/pip install -q -c constraints.txt $$(sed -n 's/^book_requirements = //p' settings.ini)
+	@touch $@
+
+.PHONY: book
+book: $(BOOK)/.installed ## the notebooks, the results and the API as a site to read offline, runs/book/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BOOK)/bin/python tests/book.py
 
 assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, into $(OUT)
 	@test -n "$(CELEBA)" -a -n "$(FS2K)" -a -n "$(TEACHER)" || { echo "give CELEBA=folder FS2K=folder TEACHER=mobilefacenet.pt"; exit 2; }

@@ -11,7 +11,7 @@ from matplotlib.colors import to_hex
 from diffclip_da.core import COLOURS, UserError
 from diffclip_da.study import figures
 from diffclip_da.study.figures import (band, colours_of, make_record, plot_guides, plot_histories, plot_losses,
-                                       plot_methods, plot_pairs, plot_prompts, plot_scripts, plot_sweeps, plot_targets,
+                                       plot_gallery, plot_methods, plot_pairs, plot_scripts, plot_sweeps, plot_targets,
                                        results_table, save_figure, span, validate_record, whisker)
 
 
@@ -106,13 +106,13 @@ def test_every_plot_draws():
                          for e in (1, 2) for t in ('original', 'fs2k')])
     sweep = pd.DataFrame([dict(panel=p, x=x, method=m, test='adapted', seed=s, balanced_accuracy=.5 + .1 * s)
                           for p, x, m in (('a', 1, 'source_only'), ('a', 1, 'adapted'), ('b', 3, 'adapted')) for s in seeds])
-    prompts = pd.DataFrame([dict(prompt=p, similarity=i, seed=s, balanced_accuracy=.5) for i, p in enumerate('ab') for s in seeds])
+    prompts = pd.DataFrame([dict(prompt=p, seed=s, balanced_accuracy=.5) for p in 'ab' for s in seeds])
     drift = pd.DataFrame(dict(attribute=['Male'], flips_filter=[.1], flips_adapted=[.2]))
     images = pd.DataFrame(dict(label=['cat', 'dog', 'cow'], flipped=[True, False, False], flipped_filter=[False] * 3))
     groups = pd.DataFrame([dict(method=m, test='adapted', group='Young', n=9, error=.1) for m in ('source_only', 'adapted')])
     guides = pd.DataFrame([dict(guide=g, method='adapted', seed=s, balanced_accuracy=.5) for g in ('no guide', 'one', 'two') for s in seeds])
     made = dict(targets=plot_targets(rows, dict(original=faces(1)[0], fs2k=faces(1)[0])), sweeps=plot_sweeps(sweep),
-                prompts=plot_prompts(prompts, .5, faces(2), 'fs2k'), losses=plot_losses(drift, images, groups, faces(n), faces(n)),
+                prompts=plot_gallery(faces(2), dict(a=(faces(2), 'look 50%'), b=(faces(2), '')), prompts, .5, 'fs2k'), losses=plot_losses(drift, images, groups, faces(n), faces(n)),
                 scripts=plot_scripts(faces(n), dict(one=faces(n)), dict(one='numbers'), n=3), guides=plot_guides(guides, dict(photo=faces(n), one=faces(n)), 'fs2k'))
     for name, fig in made.items():
         fig.savefig(buffer := io.BytesIO(), format='png')

@@ -8,21 +8,22 @@ import torch
 
 from diffclip_da.study import experiment, outside
 from diffclip_da.study.baselines import METHODS
-from diffclip_da.core import UserError, to_pil
+from diffclip_da.core import UserError, from_uint8, to_pil
 from diffclip_da.store import read_json
 from diffclip_da.study.evaluate import Evaluation, open_evaluation, variant
 from diffclip_da.study.experiment import Experiment
 from diffclip_da.adaptation.losses import text_direction
-from diffclip_da.study.outside import Judge, attribute_table, figure24, figure26, figure28, figure29, judge_labels, lean, with_labelled
+from diffclip_da.study.outside import Judge, attribute_table, figure24, figure28, figure29, judge_labels, lean, with_labelled
+from diffclip_da.study.gallery import LookJudge, drawn_in_looks, figure26, gallery_answers, look_of
 from diffclip_da.study.page import CHAPTERS, main, percent
 from diffclip_da.study.profile import get_profile, given
 from diffclip_da.study.unlabelled import figure35
 
 ROOT = Path(__file__).parents[1]
 SMALL = dict(profile='embedded', dtype='float32', seeds='0,1', n_train=40, n_valid=10, n_test=24, n_images=4, passes=1, epochs=1)
-OWN = {23: {}, 24: {}, 25: dict(sizes='20,40', tuned_on='2', steps='3', returns='300'), 26: dict(prompts='sketch; cartoon'), 27: {}, 28: dict(steps='3,6'),
+OWN = {23: {}, 24: {}, 25: dict(sizes='20,40', tuned_on='2', steps='3', returns='300'), 26: dict(prompts='sketch; cartoon', n_look=2), 27: {}, 28: dict(steps='3,6'),
        29: dict(other=str(ROOT/'diffclip_da/assets/clip')), 35: dict(sizes='20,40', draws=2)}
-PARAMETERS = {n: {'dtype', *own} for n, own in {23: ['prompt'], 24: [], 25: ['sizes', 'tuned_on', 'steps', 'returns'], 26: ['prompts'], 27: ['judge'], 28: ['steps'], 29: ['other'], 35: ['other', 'sizes', 'draws']}.items()}
+PARAMETERS = {n: {'dtype', *own} for n, own in {23: ['prompt'], 24: [], 25: ['sizes', 'tuned_on', 'steps', 'returns'], 26: ['prompts', 'judge', 'n_look'], 27: ['judge'], 28: ['steps'], 29: ['other'], 35: ['other', 'sizes', 'draws']}.items()}
 
 
 def code_of(n): return [c for c in read_json(ROOT/'nbs'/f'{n}_figure{n}.ipynb')['cells'] if c['cell_type'] == 'code']
@@ -96,14 +97,39 @@ def test_the_correlation_over_prompts(tmp_path, monkeypatch):
     value = {'sketch': .7, 'cartoon': .6, 'oil painting': .55, 'line art': .65}
     monkeypatch.setattr(outside, 'seeds_of', lambda e, *a: [value[e.exp.profile.target]] * 2)
     ev = Evaluation(Experiment(get_profile('toy', seeds='0,1'), tmp_path/'runs', tmp_path/'figures', device='cpu'))
-    s = figure26(ev, '; '.join(value))[1]['summary']
+    s = figure26(ev, '; '.join(value), n_look=4)[1]['summary']
     r = np.corrcoef([s[f'{q}/similarity']['mean'] for q in value], list(value.values()))[0, 1]
     half = 1.959964 / np.sqrt(len(value) - 3)   # Fisher's z
     assert s['correlation']['mean'] == pytest.approx(r)
     assert s['correlation']['ci95'] == pytest.approx(np.tanh([np.arctanh(r) - half, np.arctanh(r) + half]), abs=1e-5)
     assert s['correlation']['interval'].endswith('over the prompts')
     value.update(dict.fromkeys(value, .6))
-    assert 'correlation' not in figure26(ev, '; '.join(value))[1]['summary']   # of equal numbers there is none
+    assert 'correlation' not in figure26(ev, '; '.join(value), n_look=4)[1]['summary']   # of equal numbers there is none
+
+
+def test_a_prompt_names_a_look_with_and_without_its_article():
+    assert [look_of(q) for q in ('sketch', 'a Sketch', 'the watercolour', 'oil on canvas', 'a pixar character')] == [
+        'pencil', 'pencil', 'watercolour', 'oil', None]
+
+
+def test_the_judge_of_looks_is_judged_on_people_it_never_saw(tmp_path):
+    exp = Experiment(get_profile('embedded', n_train=40, n_valid=10, n_test=24), tmp_path, device='cpu')
+    judge = LookJudge(exp, n=12, epochs=2)
+    drawn, look = drawn_in_looks(exp.splits['test'].subset(exp.splits['test'].ids[:4]), judge.looks)
+    assert len(drawn) == 4 * 28 and look[29] == 1 and set(judge.says(from_uint8(drawn))) <= set(judge.looks)
+    assert .1 < judge.accuracy <= 1   # by chance 1 / 28
+    again = LookJudge(exp, n=12, epochs=2)   # from what was kept
+    assert again.accuracy == judge.accuracy and all(torch.equal(a, b) for a, b in zip(again.net.state_dict().values(), judge.net.state_dict().values()))
+
+
+def test_the_gallery_counts_what_the_judge_says(tmp_path, monkeypatch):
+    ev = Evaluation(Experiment(get_profile('toy', seeds='0', target='cartoon'), tmp_path, device='cpu'))
+    class Half:
+        def says(self, x): return np.array(['cartoon', 'oil'])[np.arange(len(x)) % 2]
+    said = gallery_answers(ev, 'cartoon', Half(), ev.exp.models[2])
+    n = len(ev.exp.splits['test'])
+    assert said['look'].mean() == pytest.approx(.5, abs=.5 / n) and len(said['identity']) == n
+    assert set(said['gender']) <= {0., 1.} and 'look' not in gallery_answers(ev, 'a fresco', Half(), ev.exp.models[2])
 
 
 def test_direction_of_figure28_is_a_mean_of_cosines(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import UserError, fold_seed
+from ..core import UserError
 from ..data import ImageSet, attribute_captions, load_dataset, repo_root
 from ..models.clip import zero_shot
 from ..models.identity import embed_all
@@ -24,7 +24,8 @@ from ..store import (cached_tensor, canonical_hash, code_hash, fingerprint, load
 from ..study.classify import SmallCNN, Training, new_classifier, predict, score, train_classifier
 from ..study.experiment import Experiment, caption, experiment_record
 from ..study.figures import captioned, save_figure
-from ..study.profile import get_profile, load_whole
+from ..study.gallery import spare_photos
+from ..study.profile import get_profile
 from ..study.stats import tolerances
 
 # %% ../../nbs/29b_bench.ipynb #19274703
@@ -85,14 +86,7 @@ class Bench:
 
     def spare(self) -> ImageSet:
         "Training photos that the experiment does not use, `n_judge` at most, drawn at random."
-        if self._spare is None:
-            exp, used = self.exp, set(self.exp.splits['train'].ids)
-            whole = load_whole(exp.profile, exp.folder, exp.root/exp.profile.name)['train']
-            ids = [i for i in whole.ids if i not in used]
-            if len(ids) < 10: raise UserError('no photos are left to train a judge on: lower n_train')
-            rng = np.random.default_rng(fold_seed(0, 'judge'))
-            ids = [ids[k] for k in rng.permutation(len(ids))[:self.n_judge]]
-            self._spare = whole.subset(sorted(ids), whole.name)
+        if self._spare is None: self._spare = spare_photos(self.exp, self.n_judge)
         return self._spare
 
     def judge(self, attribute: str) -> torch.nn.Module:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'PROVENANCE', 'DOMAINS', 'PAPER_NUMBERS', 'GROUPS', 'make_record', 'validate_record', 'save_figure',
            'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'captioned', 'plot_pairs',
-           'plot_histories', 'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps', 'plot_prompts',
-           'name_points', 'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
+           'plot_histories', 'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps', 'plot_gallery',
+           'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
 
 # %% ../../nbs/15e_figures.ipynb #32d9e46d
 import io
@@ -283,38 +283,31 @@ def plot_sweeps(table:pd.DataFrame, # columns panel, x, method, test, balanced_a
     return fig
 
 # %% ../../nbs/15e_figures.ipynb #f40c950b
-def plot_prompts(table:pd.DataFrame, # columns prompt, similarity, balanced_accuracy: a row for each seed
-                 plain:float, strip, target:str, # photos' accuracy; [n, 3, h, w] one face by each prompt
-                ) -> plt.Figure:
-    "A scatter of the prompts and one face drawn by each."
+def plot_gallery(photos, columns:dict, # [n, 3, h, w]; prompt -> ([n, 3, h, w], the lines below it)
+                 bars:pd.DataFrame,    # columns prompt, balanced_accuracy: a row for each seed
+                 plain:float, target:str) -> plt.Figure: # accuracy of photos; the target's name
+    "People down, prompts across, each picture some 150 pixels wide; below, what classifiers learn from them."
     set_style()
-    fig = plt.figure(figsize=(12, 5.6), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3, 1))
-    ax, names = top.subplots(), []
-    for name, g in table.groupby('prompt'):
-        x, y, (low, high) = g.similarity.iloc[0], g.balanced_accuracy.mean(), whisker(g.balanced_accuracy)
-        ax.errorbar(x, y, [[y - low], [high - y]], fmt='o', color=COLOURS['adapted'], capsize=2)
-        names.append((y, x, name))
-    name_points(ax, names)
-    ax.set_xlim(right=1.12)
+    n, k = len(photos), len(columns)
+    fig = plt.figure(figsize=(1.5 * (k + 1), 1.5 * n + 3.6), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(1.5 * n + .9, 2.7))
+    axs = top.subplots(n, k + 1, squeeze=False)
+    for a, (title, x) in enumerate({'photo': photos, **{q: x for q, (x, _) in columns.items()}}.items()):
+        for b in range(n): show_picture(axs[b, a], x[b], title if b == 0 else '', fontsize=9)
+    for a, (_, lines) in enumerate(columns.values(), 1):
+        axs[-1, a].annotate(lines, (.5, 0), (0, -3), 'axes fraction', 'offset points', ha='center', va='top',
+                            fontsize=8)
+    ax = bottom.subplots()
+    means = bars.groupby('prompt', sort=False).balanced_accuracy.agg(['mean', 'min', 'max'])
+    ax.bar(range(k), means['mean'], .6, color=COLOURS['adapted'])
+    ax.errorbar(range(k), means['mean'], [means['mean'] - means['min'], means['max'] - means['mean']], fmt='none',
+                ecolor='black', capsize=2)
     ax.axhline(plain, ls='--', color=COLOURS['source'], label='trained on photos')
-    ax.set(xlabel='cosine between the prompt and "sketch" in the guide',
-           ylabel=f'balanced accuracy on {target}')
+    ax.set(xticks=range(k), xlim=(-1.5, k - .5), ylabel=f'balanced accuracy on {target}', ylim=(.4, None),
+           title='a classifier trained on these pictures (whiskers: its seeds)')
+    ax.set_xticklabels(means.index, fontsize=8, rotation=20)
     ax.legend()
-    for ax, x, name in zip(bottom.subplots(1, len(strip), squeeze=False)[0], strip, table.prompt.unique()):
-        show_picture(ax, x, name, fontsize=7)
     return fig
-
-def name_points(ax, points:list): # [(y, x, name), ...]
-    "Names to the right of points, from below; one that would cover another moves above it."
-    gap, placed = .055 * np.ptp(ax.get_ylim()), []
-    for y, x, name in sorted(points):
-        at, end = y, x + .02 + .008 * len(name)
-        for a, b, q in placed:
-            if a < end and x < b: at = max(at, q + gap)
-        placed.append((x, end, at))
-        ax.annotate(name, (x, y), xytext=(x + .02, at), va='center', fontsize=9,
-                    arrowprops=dict(arrowstyle='-', lw=.5, color=COLOURS['other'], relpos=(0, .5)))
 
 # %% ../../nbs/15e_figures.ipynb #022eeffc
 def plot_flips(ax, images:pd.DataFrame): # columns label (name), flipped, flipped_filter: a row per image

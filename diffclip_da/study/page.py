@@ -186,10 +186,13 @@ CHAPTERS = dict(
         legend="The paper's network on the target; the other sweeps are in the figure."),
     figure26=Chapter(
         'Prompts',
-        asked='What do other words do?',
-        careful='An accuracy on sketches says nothing about how good a watercolour is.',
-        pattern=r'(?P<row>[^/]+)/%T%/(?P<column>balanced_accuracy)',
-        legend='Trained on photos adapted by these words, tested on the target.'),
+        asked='Do other words do what they say, and what do they cost?',
+        careful='The judge of looks learnt them from filters: what it does not recognise may still be a good picture. '
+                'One recipe for all prompts.',
+        pattern=r'(?P<row>[^/]+)/(?P<column>look|identity|gender)',
+        legend='Pictures adapted by these words: the share whose look a judge names as asked, the cosine with the '
+               'photo of an identity network, the share whose gender reads as before. What classifiers learn from '
+               'them is in the figure.'),
     figure27=Chapter(
         'What adaptation keeps and loses',
         asked='How many people change their gender or their face on the way?',
