@@ -31,7 +31,7 @@ from ..models.loop import TrainingLoop
 from ..models.train import mirrored, training_pictures
 from .bench import Bench
 from ..store import canonical_hash, fingerprint, load_state, tensor_hash
-from ..study.figures import titled_rows
+from ..study.figures import height_of_rows, titled_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/30_classifier_guidance.ipynb #0c9415a5
@@ -190,8 +190,9 @@ def plot_guidance(table: pd.DataFrame,
                   pictures: dict) -> plt.Figure: # columns kind, scale, agree, frechet, recall
     "Three panels against the scale, and rows of faces."
     set_style()
-    fig = plt.figure(figsize=(12, 2.8 + .95 * len(pictures)), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.8, .95 * len(pictures)))
+    height = height_of_rows(pictures)
+    fig = plt.figure(figsize=(12, 2.8 + height), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(2.8, height))
     names = dict(agree='label confirmed by the judge', frechet='Fréchet distance to photos',
                  recall='recall of photos')
     looks = dict(classifier=('adapted', 'o-', 'by a classifier'),
@@ -231,7 +232,7 @@ def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for eac
     words = dict(classifier='by a classifier', free='classifier-free')
     names = bench.exp.splits['train'].classes
     order = ', '.join((names * 2)[:3])
-    pictures = {f'{words[k]}, scale {s:g}: {order}, ...': study.faces(k, s)[:14] for k, s in shown}
+    pictures = {f'{words[k]}, scale {s:g}: {order}, ...': study.faces(k, s)[:10] for k, s in shown}
     fig = plot_guidance(table, pictures)
     numbers = dict(minutes=(time.monotonic() - tic) / 60, noisy_classifier=fingerprint(study.net))
     return bench.finish('figure30', fig, numbers, summary, table, f'{n_drawn} faces a scale')

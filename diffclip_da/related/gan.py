@@ -33,7 +33,7 @@ from ..models.train import mirrored, training_pictures
 from .bench import Bench
 from .classifier_guidance import principal
 from ..store import atomic_write, load_state, read_json, read_tensors, tensor_hash, write_json
-from ..study.figures import titled_rows
+from ..study.figures import height_of_rows, titled_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/33_gan.ipynb #b1b28c5f
@@ -308,7 +308,7 @@ class GanStudy:
     def diffusion(self) -> tuple: # -> (name -> pictures, name -> seconds a photo)
         "The same by inversion and fine-tuning."
         b, p = self.bench, self.bench.exp.profile
-        x, recipe = b.photos('test', self.n), replace(p.recipe, n_images=self.n_tune, passes=6)
+        x, recipe = b.photos('test', self.n), replace(p.recipe, n_images=self.n_tune, passes=8)
         tic = time.perf_counter()
         tuned, _ = finetune(b.unet, b.photos('train', self.n_tune), p.source, self.target, b.guide,
                             b.exp.models[2],
@@ -326,8 +326,9 @@ def plot_gan(table: pd.DataFrame,
              pictures: dict) -> plt.Figure: # columns way, error, identity, direction
     "Three bars for each way, and rows of pictures."
     set_style()
-    fig = plt.figure(figsize=(12, 2.6 + .9 * len(pictures)), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.6, .9 * len(pictures)))
+    height = height_of_rows(pictures)
+    fig = plt.figure(figsize=(12, 2.6 + height), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(2.6, height))
     names = dict(error='distance from the photo (0-1 range)', identity='likeness to the photo',
                  direction='cosine with the words')
     for ax, (m, title) in zip(top.subplots(1, 3, sharey=True), names.items()):
@@ -357,7 +358,7 @@ def figure33(bench: Bench, checkpoint, **settings) -> tuple: # of `train_gan`; o
     table = pd.DataFrame(rows)
     shown = {'photo': x, 'GAN, from noise': study.drawn,
              f'GAN, from noise, tuned to {study.target}': study.drawn_tuned, **made}
-    fig = plot_gan(table, {k: v.clamp(-1, 1)[:14] for k, v in shown.items()})
+    fig = plot_gan(table, {k: v.clamp(-1, 1)[:10] for k, v in shown.items()})
     numbers = dict(gan=known, layer_scores=scores, seconds_a_photo=seconds)
     how = f"{len(x)} test photos; the GAN has seen {known['images_seen']:,} photos"
     return bench.finish('figure33', fig, numbers, summary, table, how)

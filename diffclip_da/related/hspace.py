@@ -34,7 +34,7 @@ from ..diffusion.walk import Walk
 from .bench import Bench, judge_net
 from ..study.classify import Training, evaluate, train_classifier
 from ..study.evaluate import Evaluation
-from ..study.figures import titled_rows
+from ..study.figures import height_of_rows, titled_rows
 from ..study.stats import over_images, over_seeds
 
 # %% ../../nbs/31_hspace.ipynb #c39cef1c
@@ -308,7 +308,7 @@ class HspaceStudy:
     def fine_tuned(self, word: str, n: int = 12) -> torch.Tensor: # -> the first test photos redrawn
         "The same word by fine-tuning, on the same photos."
         b, p = self.bench, self.bench.exp.profile
-        recipe = replace(p.recipe, n_images=self.n_tune, passes=4)
+        recipe = replace(p.recipe, n_images=self.n_tune, passes=8)
         if word != 'sketch': recipe = replace(recipe, l1_weight=.3)
         source = 'photo' if word == 'sketch' else 'a person'
         def make():
@@ -351,8 +351,9 @@ def plot_hspace(probes: pd.DataFrame, sweep: pd.DataFrame, adapted: pd.DataFrame
                 pictures: dict) -> plt.Figure: # name -> [n, 3, h, w]
     "Probes, a smile against its scale, classifiers, and rows of pictures."
     set_style()
-    fig = plt.figure(figsize=(12, 3 + .82 * len(pictures)), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3, .82 * len(pictures)))
+    height = height_of_rows(pictures)
+    fig = plt.figure(figsize=(12, 3 + height), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(3, height))
     a, b, c = top.subplots(1, 3)
     for k, (name, g) in enumerate(probes.groupby('attribute', sort=False)):
         a.plot(g.t, g.auroc, 'o-', color=list(COLOURS.values())[k], label=name)

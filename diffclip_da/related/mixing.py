@@ -23,7 +23,7 @@ from ..models.unet import read_unet, save_unet
 from .bench import Bench
 from .hspace import bottleneck_of
 from ..store import canonical_hash, code_hash, fingerprint
-from ..study.figures import titled_rows
+from ..study.figures import height_of_rows, titled_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/32_mixing.ipynb #9a3a06d4
@@ -127,7 +127,7 @@ def plot_mixing(table: pd.DataFrame, words,
                 pictures: dict) -> plt.Figure: # columns weight, 'towards <word>', identity
     "Directions against the weight, and rows of pictures."
     set_style()
-    fig = plt.figure(figsize=(12, .95 * len(pictures)), layout='constrained')
+    fig = plt.figure(figsize=(12, height_of_rows(pictures, 8.5)), layout='constrained')
     left, right = fig.subfigures(1, 2, width_ratios=(1, 2.6))
     ax = left.subplots()
     for w, c in zip(words, (COLOURS['target'], COLOURS['train'])):
@@ -149,23 +149,23 @@ def figure32(bench: Bench, drawings, n_tune: int = 24, passes: int = 6,
         found = study.measure(x, ref)
         for k, v in found.items(): summary[f'{key}/{k}'] = over_images(v)
         return {k: float(v.mean()) for k, v in found.items()}
-    pictures = {'photo': photos[:12]}
+    pictures = {'photo': photos[:8]}
     with torch.no_grad():
         for w in weights:
             x = study.walk.generate(mix_models(models, [1 - w, w]), z, bench.schedule)
             rows.append(dict(weight=w, **note(f'mixed/{w:g}', x, photos)))
-            pictures[f'{1 - w:.0%} {one}, {w:.0%} {two}'] = x[:12]
+            pictures[f'{1 - w:.0%} {one}, {w:.0%} {two}'] = x[:8]
         times = [t for t, _ in study.walk.pairs(study.walk.n_gen, bench.schedule)]
         x = study.walk.generate(relay(models[::-1], [times[len(times) // 2]]), z, bench.schedule)
         note('relay', x, photos)
-        pictures[f'{two} first, then {one}'] = x[:12]
+        pictures[f'{two} first, then {one}'] = x[:8]
         for name, up in (('by the sketch model', study.tuned['sketch']),
                          ('by the photo model', bench.unet)):
             x = translate(drawings, up, bench.unet, study.walk, bench.schedule)
             note(f'drawing to photo, inverted {name}', x, photos)
-            pictures[f'drawing -> photo, inverted {name}'] = x[:12]
+            pictures[f'drawing -> photo, inverted {name}'] = x[:8]
     rest = list(pictures.items())
-    pictures = dict(rest[:-2]) | {"a pencil filter's drawing": drawings[:12]} | dict(rest[-2:])
+    pictures = dict(rest[:-2]) | {"a pencil filter's drawing": drawings[:8]} | dict(rest[-2:])
     note('drawing itself', drawings, photos)
     table = pd.DataFrame(rows)
     fig = plot_mixing(table, study.words, pictures)

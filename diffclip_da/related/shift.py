@@ -29,7 +29,7 @@ from .bench import Bench, attribute_of, judge_net
 from .hspace import ClassMeans, combined, edit_latents, mean_difference, noised_bottleneck
 from ..study.classify import new_classifier, predict
 from ..study.experiment import Experiment
-from ..study.figures import titled_rows
+from ..study.figures import height_of_rows, titled_rows
 from ..study.profile import Profile, load_whole
 from ..study.stats import over_seeds, paired_bootstrap, recalls
 
@@ -276,8 +276,9 @@ def plot_shift(reading: pd.DataFrame, shares: pd.DataFrame, scores: pd.DataFrame
                pictures: dict) -> plt.Figure:
     "Reading against noise, estimated shares, balanced accuracies, and photos before and after the edit."
     set_style()
-    fig = plt.figure(figsize=(12, 3.2 + .95 * len(pictures)), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3.2, .95 * len(pictures)))
+    height = height_of_rows(pictures)
+    fig = plt.figure(figsize=(12, 3.2 + height), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(3.2, height))
     a, b, c = top.subplots(1, 3)
     for domain, g in reading.groupby('domain', sort=False):
         a.plot(g.t, g.auroc, 'o-', color=COLOURS['train' if domain == 'training' else 'target'],

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'PROVENANCE', 'DOMAINS', 'PAPER_NUMBERS', 'GROUPS', 'make_record', 'validate_record', 'save_figure',
-           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'captioned', 'plot_pairs',
-           'plot_histories', 'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps', 'plot_gallery',
-           'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
+           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'height_of_rows', 'captioned',
+           'plot_pairs', 'plot_histories', 'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps',
+           'plot_gallery', 'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
 
 # %% ../../nbs/15e_figures.ipynb #32d9e46d
 import io
@@ -123,6 +123,11 @@ def titled_rows(sub, pictures:dict, pad=2): # as above; title -> [n, 3, h, w]
         row[0].set_title(' ', fontsize=8, pad=pad)   # keeps the height; a long title would widen the column
         row[0].annotate(name, (0, 1), (0, 3), 'axes fraction', 'offset points', fontsize=8,
                         annotation_clip=False).set_in_layout(False)
+
+def height_of_rows(pictures:dict, # as above
+                   width:float=12) -> float: # of the figure -> inches
+    "Height at which the rows of `titled_rows` fill the width."
+    return (width / max(map(len, pictures.values())) + .25) * len(pictures)
 
 def captioned(fig:plt.Figure, caption:str, title:str='', fontsize:float=7) -> plt.Figure:
     "The figure with small print below; closed, so that a notebook shows it once."
