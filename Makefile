@@ -16,8 +16,8 @@ STAMP   := $(VENV)/.installed
 BOOK    := runs/book/venv
 # papermill -p takes KEY VALUE: e.g. make figures ARGS="-p n_inv 40"
 ARGS    ?=
-# for the time left: the records of the figures that are still to come; the loops below add their numbers
-WHOLE   := DIFFCLIP_WHOLE="$$(printf '$(CURDIR)/figures/$(PROFILE)/figure%s.json:'
+# for the time left: $(call WHOLE,NUMBERS) names the records of the figures that are still to come
+WHOLE    = DIFFCLIP_WHOLE="$$(printf '$(CURDIR)/figures/$(PROFILE)/figure%s.json:' $(1))"
 
 .PHONY: help install figures results guide test check lab assets verify wheel bench bench-data tidy clean
 
@@ -34,7 +34,7 @@ install: $(STAMP) ## create .venv and install the tested versions
 
 figures: $(STAMP) ## Figures 2-4 into figures/$(PROFILE)/ (PROFILE=celeba64 CELEBA=folder for real photos)
 	@mkdir -p runs/$(PROFILE)
-	@for n in 2 3 4; do nb=2$$((n - 2))_figure$$n; $(WHOLE) $$(seq $$n 4))" \
+	@for n in 2 3 4; do nb=2$$((n - 2))_figure$$n; $(call WHOLE,$$(seq $$n 4)) \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$$nb.ipynb runs/$(PROFILE)/$$nb.ipynb -k python3 --log-output --no-progress-bar \
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(ARGS) || exit 1; \
 	done
@@ -48,7 +48,7 @@ results: $(STAMP) $(GUIDE) ## Figures 23-29, 35 and their page (PROFILE=celeba64
 	    29) $(if $(OTHER)$(GUIDE),:,continue); set -- -p other "$(or $(OTHER),runs/guide/clip)";; \
 	    35) set -- $(if $(OTHER)$(GUIDE),-p other "$(or $(OTHER),runs/guide/clip)");; \
 	    *) set --;; \
-	  esac; $(WHOLE) $$(if [ $$n = 35 ]; then echo 35; seq 23 29; else seq $$n 29; fi))" \
+	  esac; $(call WHOLE,$$(if [ $$n = 35 ]; then echo 35; seq 23 29; else seq $$n 29; fi)) \
 	  PATH="$(abspath $(BIN)):$$PATH" $(BIN)/papermill nbs/$${n}_figure$$n.ipynb runs/$(PROFILE)/$${n}_figure$$n.ipynb -k python3 --log-output --no-progress-bar \
 	    -p profile $(PROFILE) $(if $(CELEBA),-p celeba "$(CELEBA)") $(if $(FS2K),-p fs2k "$(FS2K)") $(if $(TARGET),-p own "$(TARGET)") "$$@" $(ARGS) || exit 1; \
 	done
