@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from .core import UserError, progress
-from .store import atomic_write, canonical_hash, code_hash, read_json, sha256_file, write_json
+from .store import atomic_write, canonical_hash, code_hash, read_record, sha256_file, write_record
 from .data import ImageSet, csv_text
 from .pictures import Store
 
@@ -94,11 +94,9 @@ def align_faces(images:ImageSet,
     if not files:
         raise UserError(f'{images.name}: no face was found in any of the {len(images)} photos; '
                         'align works for faces only: leave it out for other subjects')
-    with atomic_write(out/'alignment.csv', 'w') as f:
-        f.write(csv_text(table))
     pictures = {i: sha256_file(out/f) for i, f in files.items()}
-    write_json(out/'alignment.json', dict(key=key, files=files, sha256=pictures,
-                                          table=table.to_dict('list')))
+    write_record(out/'alignment.json', dict(key=key, files=files, pictures=pictures,
+                                            table=table.to_dict('list')))
     return _aligned(images, out, files, table)
 
 SMALLEST = 20              # pixels of a photo's shorter side
@@ -108,14 +106,16 @@ def _found(out: Path, key: str) -> tuple | None: # -> (files, table)
     "A finished alignment of the same photos, if every picture is as it was written."
     # whatever a damaged record holds, the alignment is made anew
     with suppress(UserError, LookupError, TypeError, ValueError, AttributeError):
-        said = read_json(out/'alignment.json')
-        if said['key'] != key or said['files'].keys() != said['sha256'].keys(): return None
+        said = read_record(out/'alignment.json')
+        if said['key'] != key or said['files'].keys() != said['pictures'].keys(): return None
         files, table = said['files'], pd.DataFrame(said['table'])
-        whole = all(sha256_file(out/f) == said['sha256'][i] for i, f in files.items())
+        whole = all(sha256_file(out/f) == said['pictures'][i] for i, f in files.items())
         return (files, table) if whole and list(table.id[table.found]) == list(files) else None
 
 def _aligned(images: ImageSet, out: Path, files: dict, table: pd.DataFrame) -> tuple:
-    "The aligned set, and the table."
+    "The aligned set, and the table, which is written each time: nobody checks that it is whole."
+    with atomic_write(out/'alignment.csv', 'w') as f:
+        f.write(csv_text(table))
     labels = {i: images.labels[i] for i in files} if images.labels else None
     people = {i: images.identity[i] for i in files} if images.identity else None
     aligned = ImageSet(f'{images.name}-aligned', Store(out), files, labels, images.classes, None,

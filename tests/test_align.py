@@ -115,7 +115,7 @@ def test_command_line_reports_who_was_left_out(photos, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('damage', [lambda t: t[:-40], lambda t: '[]', lambda t: '{}', lambda t: t.replace('"key"', '"kex"'), lambda t: t.replace('"table"', '"tabel"'), lambda t: t.replace('000000.png', '000001.png'),
-                                    lambda t: t.replace('"found"', '"fond"'), lambda t: t.replace('"sha256": {', '"sha256": 7, "x": {')])
+                                    lambda t: t.replace('"found"', '"fond"'), lambda t: t.replace('"pictures": {', '"pictures": 7, "x": {'), lambda t: t.replace('1.0', '0.5')])
 def test_a_damaged_record_of_an_alignment_costs_work_and_nothing_else(tmp_path, monkeypatch, damage):
     "A found face is stood in for: only the record is on trial."
     (tmp_path/'photos').mkdir()

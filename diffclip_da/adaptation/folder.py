@@ -68,10 +68,11 @@ def check_folders(folder, out):
 
 # %% ../../nbs/13b_folder.ipynb #230ae34e
 def bytes_written(adapter: Adapter, n: int, recipe: Recipe | None, # images to adapt; None: no fine-tuning
-                  save=False) -> dict:                             # will the adapter be kept? -> stage -> bytes
+                  save=False, align=False) -> dict: # is the adapter kept, are faces cut out? -> stage -> bytes
     "What each stage leaves on the disk, at most."
     values, weights = 3 * adapter.size**2, 4 * sum(p.numel() for p in adapter.unet.parameters())
     need = {'adapting': n * (5 * values + 2_000), 'the report': 50_000 + 250 * min(values, 200_000)}
+    if align: need['finding the faces'] = n * (values + 2_000)
     if recipe: need['the fine-tuning'] = min(n, recipe.n_images) * 4 * values + 2 * 3 * weights + 1_000_000
     if save: need['keeping the adapter'] = 2 * weights + 1_000_000
     return need
@@ -92,9 +93,9 @@ def memory_needed(model, size: int, tuned: bool) -> int: # pixels; are gradients
     weights = 4 * sum(p.numel() for p in model.parameters())
     return sum(sizes) + 4 * weights if tuned else 2 * max(sizes)
 
-def check_means(adapter: Adapter, n: int, recipe: Recipe | None, out, save=None):
+def check_means(adapter: Adapter, n: int, recipe: Recipe | None, out, save=None, align=False):
     "`UserError` where the disk or the memory cannot be enough."
-    need = bytes_written(adapter, n, recipe)
+    need = bytes_written(adapter, n, recipe, align=align)
     there = sum(p.stat().st_size for p in Path(out).rglob('*') if p.is_file()) if Path(out).exists() else 0
     check_room(out, max(0, sum(need.values()) - there))
     if save: check_room(save, bytes_written(adapter, 0, None, True)['keeping the adapter'])
@@ -234,11 +235,12 @@ def adapt_with(o: Options) -> ImageSet: # the adapted images, same ids and label
     images, bad = check_images(whole, o.skip_bad)
     file_names(images.ids)   # refuses what cannot be a name
     adapter, recipe = open_adapter(o).check(o.target, o.source, o.recipe), None if o.adapter else o.recipe
-    check_means(adapter, len(images), recipe, out, o.save)
-    inputs, need = job_inputs(o, adapter, images), bytes_written(adapter, len(images), recipe, bool(o.save))
+    check_means(adapter, len(images), recipe, out, o.save, o.align)
+    inputs = job_inputs(o, adapter, images)
+    need = bytes_written(adapter, len(images), recipe, bool(o.save), o.align)
     with job(out, inputs, rank):
         if o.align:
-            with doing('finding the faces'):
+            with doing('finding the faces', need['finding the faces']):
                 images, faces = align_faces(images, out/'.diffclip'/'aligned', adapter.size)
             bad.update({i: 'no face was found' for i in faces.id[~faces.found]})
         bad = {i: without_folder(why, whole) for i, why in {**whole.left_out, **bad}.items()}
