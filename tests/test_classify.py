@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from diffclip_da.study.classify import (CLASSIFIERS, PaperCNN, SmallCNN, Training, as_logits, at_epoch, check_labelled,
                                         evaluate, logits_of, new_classifier, predict, score, selected_epoch,
                                         train_classifier)
-from diffclip_da.core import UserError
+from diffclip_da.core import UserError, new_generator
 from diffclip_da.models.clip import tiny_clip
 
 
@@ -215,3 +215,19 @@ def test_a_classifier_on_the_guide_is_one_like_any_other(model):
 
 def test_an_unknown_classifier_is_told_which_there_are():
     with pytest.raises(UserError, match='no classifier .resnet.; there are: paper, small, guide, tower, timm:NAME'): Training(model='resnet')
+
+
+def test_an_image_of_weight_zero_does_not_count():
+    x, y = torch.randn(16, 3, 16, 16, generator=new_generator(0)), torch.arange(16) % 2
+    w = [1.] * 12 + [0.] * 4
+    wrong = torch.cat([y[:12], 1 - y[12:]])
+    def weights_of(labels, w, **kw): return train_classifier((x, labels), {}, model='small', epochs=2, weights=w, **kw)[0].state_dict()
+    one, other, plain = weights_of(y, w), weights_of(wrong, w), weights_of(y, None)
+    assert all(torch.equal(a, b) for a, b in zip(one.values(), other.values()))   # wrong labels, no weight
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(plain.values(), weights_of(y, [1.] * 16).values()))
+    assert not torch.equal(one['fc.weight'], plain['fc.weight'])
+
+
+def test_weights_that_do_not_fit_are_refused():
+    x, y = torch.randn(4, 3, 16, 16), torch.arange(4) % 2
+    with pytest.raises(UserError, match='3 weights for 4 training images'): train_classifier((x, y), {}, model='small', weights=[1.] * 3)

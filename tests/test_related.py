@@ -31,7 +31,7 @@ from diffclip_da.related.hspace import (ClassMeans, ImplicitFunction, asymmetric
 from diffclip_da.related.mixing import blend_people, figure32, lerp, mix_models, relay, slerp, translate
 from diffclip_da.related.shift import (GroupReader, attribute_auroc, bbse, biased_choice, bootstrap_shares,
                                        confusion_matrix_of, edit_plan, em_shares, figure34, group_weights,
-                                       shifted_bench, train_weighted)
+                                       shifted_bench)
 from diffclip_da.store import fingerprint
 from diffclip_da.study.experiment import Experiment
 from diffclip_da.study.figures import validate_record
@@ -436,16 +436,6 @@ def test_the_reader_estimates_a_reversed_shift():
     spread = bootstrap_shares(reader, posterior, 20)
     assert all(.001 < v.std(0).max() < .1 for v in spread.values()) and attribute_auroc(posterior, g_test % 2) > .95
     with pytest.raises(UserError, match='two training photos'): GroupReader(h[:7], [0, 1, 2, 3, 1, 2, 1])
-
-
-def test_a_photo_of_weight_zero_does_not_count():
-    x, y = normal(16, 3, 16, 16, dtype=torch.float32), np.arange(16) % 2
-    w = np.r_[np.ones(12), np.zeros(4)]
-    one, other = (train_weighted(x, labels, w, 0, epochs=2).state_dict() for labels in (y, np.r_[y[:12], 1 - y[12:]]))
-    assert all(torch.equal(a, b) for a, b in zip(one.values(), other.values()))   # wrong labels, no weight
-    state = torch.get_rng_state()
-    train_weighted(x, y, w, 0, epochs=1)
-    assert torch.equal(state, torch.get_rng_state())
 
 
 # the bench, and the figures in small

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS_OF_SHIFT', 'bbse', 'em_shares', 'confusion_matrix_of', 'biased_choice', 'shifted_bench', 'GroupReader',
-           'bootstrap_shares', 'attribute_auroc', 'edit_plan', 'group_weights', 'train_weighted', 'ShiftStudy',
-           'plot_shift', 'figure34']
+           'bootstrap_shares', 'attribute_auroc', 'edit_plan', 'group_weights', 'ShiftStudy', 'plot_shift', 'figure34']
 
 # %% ../../nbs/34_shift.ipynb #95ed1431
 from collections.abc import Sequence
@@ -27,7 +26,7 @@ from ..diffusion.walk import Walk
 from ..models.train import mirrored
 from .bench import Bench, attribute_of, judge_net
 from .hspace import ClassMeans, combined, edit_latents, mean_difference, noised_bottleneck
-from ..study.classify import new_classifier, predict
+from ..study.classify import Training, predict, train_classifier
 from ..study.experiment import Experiment
 from ..study.figures import height_of_rows, titled_rows
 from ..study.profile import Profile, load_whole
@@ -163,24 +162,6 @@ def group_weights(y, a, q) -> np.ndarray: # -> [n], mean 1
     return w / w.mean()
 
 # %% ../../nbs/34_shift.ipynb #7aacf209
-def train_weighted(x, y, weights, seed: int, epochs: int = 12, batch_size: int = 32,
-                   lr: float = 2e-3):
-    "A small network, trained with a weight for each picture's loss; mirrored at random."
-    net, g = new_classifier(judge_net, x.shape[-1], seed), new_generator(seed)
-    opt = torch.optim.Adam(net.parameters(), lr=lr)
-    y, w = torch.as_tensor(np.asarray(y)).long(), torch.as_tensor(np.asarray(weights)).float()
-    net.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for _ in range(epochs):
-            for i in torch.randperm(len(x), generator=g).split(batch_size):
-                if len(i) < 2: continue   # batch norm
-                loss = F.cross_entropy(net(mirrored(x[i], g)), y[i], reduction='none')
-                opt.zero_grad(set_to_none=True)
-                (w[i] * loss).mean().backward()
-                opt.step()
-    return net.eval()
-
 METHODS_OF_SHIFT = 'as they are', 'reconstructed', 'reweighting', 'resampling', 'editing', 'oracle'
 
 class ShiftStudy:
@@ -260,15 +241,19 @@ class ShiftStudy:
 
     def answers(self, sets: dict,
                 seeds) -> dict: # -> method -> probabilities [seeds, n, 2] on the test photos
+        how = Training(model=judge_net, epochs=self.epochs, batch_size=32, lr=2e-3)
         half = lambda v: F.avg_pool2d(v, 2) if v.shape[-1] >= 32 else v
         x_test, out = half(self.bench.photos('test')), {}
+        def answer(x, y, w, seed):
+            net, _ = train_classifier((half(x), torch.tensor(y)), {}, training=how, seed=seed, augment=mirrored,
+                                      measured=(), weights=w)
+            return predict(net, x_test)
         for m, (x, y, w) in sets.items():
             def make():
-                return torch.stack([predict(train_weighted(half(x), y, w, s, self.epochs), x_test)
-                                    for s in seeds])
+                return torch.stack([answer(x, y, w, s) for s in seeds])
             facts = dict(m=m, seeds=list(seeds), epochs=self.epochs, y=y.tolist(), w=w.tolist(),
                          x=float(x.double().sum()))
-            out[m] = self.bench.kept(f'shift {m}', facts, make, train_weighted, judge_net).numpy()
+            out[m] = self.bench.kept(f'shift {m}', facts, make, train_classifier, judge_net).numpy()
         return out
 
 # %% ../../nbs/34_shift.ipynb #9572a6bc

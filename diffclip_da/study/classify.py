@@ -203,7 +203,8 @@ def train_epoch(model:nn.Module, x, y, opt, # images; labels; a torch optimiser
                 batch_size:int, generator:torch.Generator, # decides the order
                 augment:Callable|None=None, # (images [b, 3, h, w], generator) -> images of the same shape
                 device='cpu', where:str='training', # words for a message
-                dtype:str='float32'): # see `Training`
+                dtype:str='float32', # see `Training`
+                weights=None): # [n], of each image's loss; None: all alike
     "One pass over the data. `UserError` if the loss stops being a number."
     model.train()
     batches = list(torch.randperm(len(x), generator=generator).split(batch_size))
@@ -211,7 +212,9 @@ def train_epoch(model:nn.Module, x, y, opt, # images; labels; a torch optimiser
     for i in batches:
         x_b = x[i].contiguous(memory_format=torch.channels_last)
         if augment is not None: x_b = augment(x_b, generator)
-        loss = F.cross_entropy(in_dtype(model, dtype)(x_b.to(device)), y[i].to(device))
+        logits, y_b = in_dtype(model, dtype)(x_b.to(device)), y[i].to(device)
+        if weights is None: loss = F.cross_entropy(logits, y_b)
+        else: loss = (weights[i].to(device) * F.cross_entropy(logits, y_b, reduction='none')).mean()
         if not torch.isfinite(loss):
             raise UserError(f'{where}: the loss is {loss.item()}; lower lr={opt.param_groups[0]["lr"]:g}')
         opt.zero_grad(set_to_none=True)
@@ -228,6 +231,7 @@ def train_classifier(train:tuple, tests:dict, # (x, y); name -> (x, y)
                      n_classes:int|None=None, # None: as many as the training labels name
                      clip=None, # for a classifier on a guide's features: the guide, None: the shipped one
                      domains:tuple|None=None, # and how many pictures of `train` are of each domain, in order
+                     weights=None, # [n], of each training image's loss; None: all alike
                      **settings, # in place of fields of `training`, such as epochs=5
                     ) -> tuple[nn.Module, pd.DataFrame]: # last epoch's; a row per epoch and split
     "Train on `train`; measure it, `valid` and `tests` after each epoch. No test set chooses anything."
@@ -241,6 +245,10 @@ def train_classifier(train:tuple, tests:dict, # (x, y); name -> (x, y)
     def rows_of(epoch): return [dict(epoch=epoch, split=name, **evaluate(net, *s, device))
                                 for name, s in sets.items() if measured is None or name in measured]
     generator = new_generator(seed)
+    if weights is not None:
+        weights = torch.as_tensor(weights).float()
+        if len(weights) != len(x): raise UserError(f'{len(weights)} weights for {len(x)} training images')
+        if hasattr(net, 'solve'): raise UserError(f'a regression on features takes no weights: model={t.model!r}')
     if hasattr(net, 'solve'):   # at once: one epoch
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -258,7 +266,8 @@ def train_classifier(train:tuple, tests:dict, # (x, y); name -> (x, y)
     for epoch in progress(range(1, t.epochs + 1), desc=desc or f'classifier, seed {seed}'):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(fold_seed(seed, 'epoch', epoch))   # dropout draws from the global generator
-            train_epoch(net, x, y, opt, t.batch_size, generator, augment, device, f'epoch {epoch}', t.dtype)
+            train_epoch(net, x, y, opt, t.batch_size, generator, augment, device, f'epoch {epoch}', t.dtype,
+                        weights)
         rows += rows_of(epoch)
     return net.eval(), pd.DataFrame(rows)
 
