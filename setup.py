@@ -14,6 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=find_packages(include=["diffclip_da", "diffclip_da.*"]), include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}",
-    install_requires=cfg["requirements"].split(), extras_require={"dev": cfg["dev_requirements"].split(), "heif": ["pillow-heif>=0.16"]},
+    install_requires=cfg["requirements"].split(),
+    extras_require={"dev": cfg["dev_requirements"].split(), "book": cfg["book_requirements"].split(), "heif": ["pillow-heif>=0.16"]},
     entry_points={"console_scripts": cfg["console_scripts"].split()},
 )

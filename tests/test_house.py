@@ -221,7 +221,7 @@ def test_wheel_holds_the_code_and_every_asset(copy, tmp_path):
 
 def test_requirements_are_ranges_and_constraints_pin_each_of_them():
     cfg = configparser.ConfigParser(delimiters=['=']); cfg.read(ROOT / 'settings.ini')
-    wanted = ' '.join(cfg['DEFAULT'][k] for k in ('requirements', 'dev_requirements')).split()
+    wanted = ' '.join(cfg['DEFAULT'][k] for k in ('requirements', 'dev_requirements', 'book_requirements')).split()
     name = lambda s: re.split(r'[<>=!~\[ ]', s)[0].lower().replace('_', '-')
     pinned = {name(l): l for l in (ROOT / 'constraints.txt').read_text().split('\n') if '==' in l}
     for req in wanted: assert name(req) in pinned, req
