@@ -17,6 +17,7 @@ from configparser import ConfigParser
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 import pandas as pd
@@ -270,8 +271,12 @@ def _csv_rows(path) -> list[tuple]:
     "(row number, fields) of a CSV, stripped, without empty rows and empty fields at the end."
     check_not_html(path)
     try:
-        text = read_regular(path, MOST_TABLE).decode('utf-8-sig')
-        first = text.partition('\n')[0]
+        b = read_regular(path, MOST_TABLE)
+        # Excel's "Unicode text" and PowerShell write UTF-16, older Macs end lines with CR alone
+        text = b.decode('utf-16' if b[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
+        text = text.replace('\r\n', '\n').replace('\r', '\n')
+        text = re.sub(r'\Asep=.\n', '\n', text)   # Excel's word on the separator; the row still counts
+        first = text.lstrip('\n').partition('\n')[0]
         by = next((c for c in ',;\t' if c in first), ',')
         read = csv.reader(io.StringIO(text), delimiter=by)
         rows = [(n, [f.strip() for f in r]) for n, r in enumerate(read, 1)]
@@ -290,6 +295,7 @@ def read_labels_csv(path) -> pd.DataFrame:
         raise UserError(f'{path}: not a readable CSV (it is empty); it needs a header line '
                         '"id,label" and one line per image')
     (_, header), *rows = rows
+    header = [c.lower() if c.lower() in ('id', 'label') else c for c in header]
     if lack := [c for c in ('id', 'label') if c not in header]:
         raise UserError(f'{path}: no column {" and no column ".join(lack)}; the first line must be '
                         f'the header "id,label", found "{",".join(header)[:80]}"')
@@ -338,6 +344,11 @@ def _labels_in(root, ids, labels, other=()) -> pd.Series: # `other`: pictures th
                             'each image lies in the folder of its class')
         return pd.Series({i: i.split('/')[0] for i in ids})
     label = read_labels_csv(labels).label
+    # as written on Windows, by `find .`, or with the accents of another system
+    known, near = {*ids, *other}, {_plain(i): i for i in (*ids, *other)}
+    label = label.rename(lambda i: i if i in known else near.get(_plain(i), i))
+    if twice := set(label.index[label.index.duplicated()]):
+        raise UserError(f'{labels}: ids given twice: {few(twice)}; keep one line for each image')
     label = label.drop(list(set(other) & set(label.index)))
     if unknown := set(label.index) - set(ids):
         also = f'; not read there: {few(other)}' if other else ''
@@ -347,6 +358,8 @@ def _labels_in(root, ids, labels, other=()) -> pd.Series: # `other`: pictures th
         raise UserError(f'{labels}: no line for {len(missing):,} images of {root}: {few(missing)}; '
                         'add them, or move those images away')
     return label
+
+def _plain(path: str) -> str: return normalize('NFC', path.replace('\\', '/')).removeprefix('./')
 
 def image_folder(root,          # a folder (searched with its sub-folders) or a zip
                  labels=None,   # a CSV with columns id, label; 'folders': one per class; None

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['MOST_TEXT', 'SOURCES', 'MESSAGES', 'Damaged', 'NoSpace', 'doing', 'check_room', 'available_memory', 'megabytes',
            'atomic_write', 'remove_leftovers', 'jsonable', 'check_regular', 'read_regular', 'write_json', 'read_json',
-           'is_web_page', 'check_not_html', 'read_tensors', 'check_weights', 'sha256_bytes', 'sha256_file',
-           'check_sha256', 'canonical_hash', 'write_record', 'read_record', 'state_hash', 'tensor_hash', 'content_hash',
-           'fingerprint', 'global_names', 'code_hash', 'versions', 'git_commit', 'cached_tensor', 'Packed',
-           'packed_tensor', 'save_state', 'load_state', 'Pace', 'check_claim', 'claim_folder', 'Stage', 'stage_folder',
-           'stage', 'asset_dir', 'load_card', 'asset_file']
+           'is_web_page', 'check_no_pointer', 'check_not_html', 'read_tensors', 'check_weights', 'sha256_bytes',
+           'sha256_file', 'check_sha256', 'canonical_hash', 'write_record', 'read_record', 'state_hash', 'tensor_hash',
+           'content_hash', 'fingerprint', 'global_names', 'code_hash', 'versions', 'git_commit', 'cached_tensor',
+           'Packed', 'packed_tensor', 'save_state', 'load_state', 'Pace', 'check_claim', 'claim_folder', 'Stage',
+           'stage_folder', 'stage', 'asset_dir', 'load_card', 'asset_file']
 
 # %% ../nbs/01b_store.ipynb #05918065
 import ast, contextlib, dataclasses, errno, functools, hashlib, importlib.metadata, inspect, json
@@ -218,10 +218,18 @@ def is_web_page(path) -> bool:
     with open(path, 'rb') as f: head = f.read(1024).lstrip(b'\xef\xbb\xbf \t\r\n').lower()
     return head.startswith((b'<!doctype', b'<html', b'<head', b'<?xml'))
 
+def check_no_pointer(path):
+    "`UserError` for the few lines that Git puts where a large file belongs, if Git LFS is not installed."
+    with open(path, 'rb') as f: head = f.read(40)
+    if head.startswith(b'version https://git-lfs.github.com/'):
+        raise UserError(f'{path} only names the file that belongs here (a pointer of Git LFS): install git-lfs and '
+                        'run "git lfs pull" in its folder, or download the file in a browser')
+
 def check_not_html(path):
-    "Raise `UserError` if a data file is missing, or is really a web page."
+    "Raise `UserError` if a data file is missing, or is really a web page or a pointer of Git LFS."
     try: page = is_web_page(path)
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror}') from None
+    check_no_pointer(path)
     if page:
         raise UserError(f'{path}: this is a web page (HTML), not data. Google Drive sends such a '
                         'page when too many people have fetched the file (quota): delete it, then '
@@ -239,6 +247,7 @@ def read_tensors(path,       # a safetensors or PyTorch file
         if is_web_page(path):
             raise UserError(f'{path} is a web page, not a weights file: the download link served '
                             'an error or a quota page; fetch it again')
+        check_no_pointer(path)
         _check_room(path)
         if path.suffix == '.safetensors': content = load_file(path)
         else: content = torch.load(path, map_location='cpu', weights_only=True)
@@ -296,8 +305,8 @@ def check_weights(state:dict, # name -> tensor
     "`UserError` for weights that are not finite, or whole numbers where the network has fractions."
     for k, v in state.items():
         if like is not None and (k not in like or not like[k].is_floating_point()): continue
-        if not v.is_floating_point():
-            raise UserError(f'{path}: {k} holds {str(v.dtype)[6:]}, not fractions, so the weights '
+        if not v.is_floating_point() or v.element_size() < 2:   # a fraction in one byte is quantised, too
+            raise UserError(f'{path}: {k} holds {str(v.dtype)[6:]}, no fractions of 16 bits or more, so the weights '
                             'are quantised or of another kind; give the file before that')
         if v.device.type != 'meta' and not torch.isfinite(v).all():
             raise UserError(f'{path}: {k} holds NaN or infinite values, so the network was saved '

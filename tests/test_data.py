@@ -77,6 +77,26 @@ def test_csv_of_other_programs(photos, tmp_path):
     assert image_folder(photos, tmp_path/'a.csv').classes == ['NA', 'a']   # "NA" is a label, not a missing one
 
 
+@pytest.mark.parametrize('write', [
+    lambda text: text.encode('utf-16'), lambda text: b'\xfe\xff' + text.encode('utf-16-be'), lambda text: text.replace('\n', '\r').encode(),
+    lambda text: ('sep=,\n' + text).encode(), lambda text: text.replace('id,label', 'ID,Label').encode(), lambda text: text.replace('/', '\\').encode(),
+    lambda text: text.replace('more', './more').encode()])
+def test_csv_in_other_encodings_and_spellings(photos, tmp_path, write):
+    text = 'id,label\n' + ''.join(f'{i},{"cat" if k % 2 else "Küche"}\n' for k, i in enumerate(IDS))
+    (tmp_path/'a.csv').write_bytes(write(text))
+    s = image_folder(photos, tmp_path/'a.csv')
+    assert s.classes == ['Küche', 'cat'] and s.labels == {i: k % 2 for k, i in enumerate(IDS)}
+
+
+def test_accents_may_be_composed_in_the_list_and_not_in_the_folder(tmp_path):
+    (tmp_path/'p').mkdir()
+    for k, name in enumerate(['e\u0301.png', '\u00fc.png']): picture(k).save(tmp_path/'p'/name)
+    (tmp_path/'a.csv').write_text('id,label\n\u00e9.png,a\nu\u0308.png,b\n', encoding='utf-8')
+    assert image_folder(tmp_path/'p', tmp_path/'a.csv').labels == {'e\u0301.png': 0, '\u00fc.png': 1}
+    (tmp_path/'a.csv').write_text('id,label\n\u00e9.png,a\ne\u0301.png,b\nu\u0308.png,b\n', encoding='utf-8')
+    with pytest.raises(UserError, match=r'a\.csv: ids given twice'): image_folder(tmp_path/'p', tmp_path/'a.csv')
+
+
 @pytest.mark.parametrize('kw, message', [
     (dict(ids=IDS + ['9.png', '8.png', '7.png', '6.png']), r'a\.csv: 4 ids have no image in .*photos: 6\.png, 7\.png, 8\.png and 1 more'),
     (dict(ids=IDS[:4]), r'a\.csv: no line for 2 images of .*photos: more/4\.png, more/5\.png'),
@@ -100,6 +120,8 @@ def test_unreadable_csv(photos, tmp_path):
     with pytest.raises(UserError, match=r'e\.csv: not a readable CSV .*needs a header line'): image_folder(photos, tmp_path/'e.csv')
     (tmp_path/'h.csv').write_text('<!doctype html><html>')
     with pytest.raises(UserError, match=r'h\.csv: this is a web page'): image_folder(photos, tmp_path/'h.csv')
+    (tmp_path/'l.csv').write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 99\n')
+    with pytest.raises(UserError, match=r'l\.csv only names the file .*git lfs pull'): image_folder(photos, tmp_path/'l.csv')
 
 
 def test_empty_and_missing_folders(tmp_path):

@@ -155,14 +155,14 @@ def test_one_flipped_bit_in_any_kind_of_file_in_any_state_is_repaired_or_named(n
     "Finished, and killed on the way; a file of each kind. What is named as damaged is deleted, as the message says."
     (want, n), r, met = whole[name], np.random.default_rng(name == 'train'), set()
     run = lambda out: child(commands[name](out), Fault('', 0), tmp_path/'log')
-    for at in (0, *map(int, np.linspace(0, n, 7 if ALL else 3)[1:-1].round())):
+    for at in (0, *map(int, np.linspace(0, n, 5 if ALL else 3)[1:-1].round())):
         state = tmp_path/f'state-{at}'
         child(commands[name](state), Fault('SIGKILL', at), tmp_path/'log')
         kinds = {kind_of(f): f for f, h in tree(state).items() if h and not f.endswith('.tmp')}
         met |= {*kinds}
         for kind, f in kinds.items():
             damaged = list(flips(state/f, 400))
-            for k in r.choice(len(damaged), 8 if ALL else 1):
+            for k in r.choice(len(damaged), 3 if ALL else 1):
                 (bit, b), out = damaged[k], tmp_path/'out'
                 shutil.copytree(state, out)
                 (out/f).write_bytes(b)

@@ -152,6 +152,7 @@ def test_the_reference_notices_each_convention(x):
     lambda s, old: [old, {'state': {0: {'exp_avg': torch.zeros(3)}}, 'param_groups': [{'lr': 1e-4}]}, 17, 4000, {k: v for k, v in s.items()}],
     lambda s, old: [{f'module.{k}': v for k, v in s.items()}, {'state': {}, 'param_groups': []}],
     lambda s, old: {'model': s, 'step': 5},
+    lambda s, old: {f'module._orig_mod.{k}': v for k, v in s.items()},
     lambda s, old: {'state_dict': {f'module.{k}': v for k, v in s.items()}, 'epoch': 3, 'betas': torch.zeros(5)},
     lambda s, old: {'model': old, 'optimizer': {}, 'model_ema': s},
     lambda s, old: {'model': old, 'ema': {f'module.{k}': v for k, v in s.items()}},
@@ -329,8 +330,8 @@ def test_a_guess_of_the_size_is_told_and_can_be_overruled(tmp_path, capsys, atte
 
 
 @pytest.mark.parametrize('change, message', [
-    (lambda k, v: v * float('nan'), 'NaN or infinite'), (lambda k, v: v / 0 if k.startswith('out.') else v, 'NaN or infinite'), (lambda k, v: v.to(torch.int8), 'int8, not fractions'),
-    (lambda k, v: v.to(torch.complex64), 'complex64, not fractions'), (lambda k, v: v[:1].clone().expand(v.shape) if v.ndim > 2 else v, r'sparse, quantised or repeated'), (lambda k, v: v.to_sparse(), 'sparse, quantised or repeated')])
+    (lambda k, v: v * float('nan'), 'NaN or infinite'), (lambda k, v: v / 0 if k.startswith('out.') else v, 'NaN or infinite'), (lambda k, v: v.to(torch.int8), 'int8, no fractions'), (lambda k, v: v.to(torch.float8_e4m3fn), 'float8_e4m3fn, no fractions'),
+    (lambda k, v: v.to(torch.complex64), 'complex64, no fractions'), (lambda k, v: v[:1].clone().expand(v.shape) if v.ndim > 2 else v, r'sparse, quantised or repeated'), (lambda k, v: v.to_sparse(), 'sparse, quantised or repeated')])
 def test_weights_that_are_no_weights_are_refused_by_every_reader(tmp_path, change, message):
     state = GuidedUNet(16, channels=(32, 32), attention=(0,), width=32, head_channels=16).state_dict()
     torch.save({k: change(k, v) for k, v in state.items()}, tmp_path / 'm.pt')
@@ -648,7 +649,7 @@ def test_download_without_a_network_says_what_to_do(tmp_path, server):
     assert checked_sha256(download(f'{server[0]}/w.pt', tmp_path / 'w.pt'))
 
 
-@pytest.mark.parametrize('channels, size, words', [(1, 16, 'takes 1 channels; grey pictures and latents'), (4, 16, 'takes 4 channels'), (3, None, 'fill in "sample_size"')])
+@pytest.mark.parametrize('channels, size, words', [(1, 16, 'takes 1 channels; grey pictures and latents'), (4, 16, 'takes 4 channels'), (3, None, 'fill in "sample_size"'), (3, [16, 24], r'square here.*\[16, 24\]')])
 def test_networks_of_grey_pictures_or_latents_or_without_a_size_are_refused_in_words(tmp_path, channels, size, words):
     from diffusers import UNet2DModel
     UNet2DModel(sample_size=size, in_channels=channels, out_channels=channels, block_out_channels=(32, 32), layers_per_block=1, norm_num_groups=8,

@@ -398,6 +398,9 @@ def test_read_tensors_refuses_what_is_no_weights_file(tmp_path):
     with pytest.raises(UserError, match=r'none\.pt: no such file; give the path of a weights file'): read_tensors(tmp_path/'none.pt')
     (tmp_path/'q.pt').write_text('<html>quota')
     with pytest.raises(UserError, match='q.pt is a web page, not a weights file'): read_tensors(tmp_path/'q.pt')
+    for name in ('l.pt', 'l.safetensors'):
+        (tmp_path/name).write_text('version https://git-lfs.github.com/spec/v1\noid sha256:1f\nsize 99\n')
+        with pytest.raises(UserError, match='l[.].* only names the file .*git lfs pull'): read_tensors(tmp_path/name)
     torch.save(dict(run=subprocess.run), tmp_path/'code.pt')
     with pytest.raises(UserError, match='holds something else than plain tensors.*can run code'): read_tensors(tmp_path/'code.pt')
     for name in ('cut.safetensors', 'cut.pt'):

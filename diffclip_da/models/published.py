@@ -116,7 +116,8 @@ def states_in(content, name=''): # -> pairs (where, name -> tensor)
     if tensors: yield name, tensors
     for k, v in items: yield from states_in(v, f'{name}.{k}')
 
-WRAPPED = re.compile(r'^(module\.|ema_model\.)+')   # data-parallel training, ema-pytorch
+# data-parallel training, ema-pytorch, torch.compile
+WRAPPED = re.compile(r'^(module\.|ema_model\.|_orig_mod\.)+')
 
 def averages_in(content, states, name=''): # -> pairs (where, name -> tensor)
     "Averages kept as a bare list `shadow_params` (score_sde, torch-ema), under the names of the raw weights"
@@ -488,8 +489,9 @@ def load_folder(folder, sha256:str|None=None, # of the weights file, see `checke
     net = fitted(lambda: (UNet2DModel.from_config(checked_config(config)), state),
                  f'{weights} (with {path})')
     c_in, c_out, v_schedule = net.config.in_channels, net.config.out_channels, trained_for(folder)
-    if net.config.sample_size is None:
-        raise UserError(f'{path} does not tell the size of its pictures: fill in "sample_size", in pixels')
+    if type(net.config.sample_size) is not int:
+        raise UserError(f'{path} does not tell the size of its pictures, which are square here: fill in '
+                        f'"sample_size", one number of pixels (it is {str(net.config.sample_size)[:40]})')
     if c_in % 3:   # three colours, or three for each pixel of a block
         raise UserError(f'{path}: the network takes {c_in} channels; grey pictures and latents are of no '
                         'use here, give a network of RGB pictures')
