@@ -164,7 +164,7 @@ def write_docs():
     shutil.rmtree(docs, ignore_errors=True)
     shutil.copytree(NBS, docs/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     kept = [ROOT/name for name in (*LINKED, 'RESULTS.md', 'benchmarks/README.md')]
-    for path in kept + figures() + sorted((ROOT/'figures').rglob('*.md')):
+    for path in kept + figures() + sorted((ROOT/'figures').rglob('tables.md')):
         to = docs/path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True); shutil.copy(path, to)
     texts = {'index.md': (ROOT/'README.md').read_text(encoding='utf-8'), 'figures.md': figures_page(),
