@@ -192,7 +192,8 @@ def read_regular(path, most:int=MOST_TEXT) -> bytes:
     "All bytes of a file that `check_regular` lets pass; `UserError` says why it cannot be read."
     try:
         check_regular(path, most)
-        with open(path, 'rb') as f: return f.read(most)
+        # of its size and no more: for `read(most)` Python would first ask for `most` bytes of memory
+        with open(path, 'rb') as f: return f.read(min(most, os.fstat(f.fileno()).st_size))
     except OSError as e: raise UserError(f'cannot read {path}: {e.strerror}') from None
 
 def write_json(path, obj):
@@ -997,7 +998,7 @@ def _is_done(folder:Path, say) -> bool:
     bad = [f for f, h in files.items() if there.get(f) != h]
     for f in bad:
         say(f'{folder/f} is damaged or gone: it is made anew')
-        (folder/f).unlink(missing_ok=True)
+        if f in there: (folder/f).unlink()   # the mark may hold any name, none at all too
     if bad: mark.unlink()
     return not bad
 

@@ -274,6 +274,17 @@ def test_a_batch_that_does_not_fit_is_halved_and_its_gradients_add_up(error, une
     assert max((a - b).abs().max() for a, b in zip(got.parameters(), want.parameters())) < 2e-5
     assert state_hash(got) != state_hash(unet)
 
+def test_what_is_halved_is_what_was_tried(tmp_path, unet, x0, clip, monkeypatch, capsys):
+    "One image, four to an update: trying it again as two and as one would only cost time."
+    real = F.accumulate_gradients
+    def only_checkpointed(model, z, pairs, schedule, loss, grad, **k):
+        if grad == 'full': raise RuntimeError('could not create a primitive')
+        return real(model, z, pairs, schedule, loss, grad, **k)
+    monkeypatch.setattr(F, 'accumulate_gradients', only_checkpointed)
+    finetune(unet, x0[:1], clip, None, schedule, replace(cfg, passes=1, images_per_update=4), out=tmp_path)
+    said = capsys.readouterr().out
+    assert said.count('memory ran out') == 1 and 'checkpointed gradients' in said
+
 def test_then_gradients_are_checkpointed_and_only_then_it_gives_up(unet, x0, monkeypatch, capsys):
     real, seen = F.accumulate_gradients, []
     def only_checkpointed(model, z, pairs, schedule, loss, grad, **k):

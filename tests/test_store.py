@@ -272,6 +272,17 @@ def test_where_a_file_system_has_no_locks_the_process_number_decides(tmp_path, m
     assert listing(tmp_path) == ['x']
 
 
+def test_reading_a_small_file_takes_little_memory(tmp_path):
+    "Whatever the most is that would be read: four threads that ask for half a gigabyte each fail where memory is scarce."
+    import tracemalloc
+    (tmp_path/'a').write_bytes(b'x' * 99)
+    tracemalloc.start()
+    try:
+        assert store.read_regular(tmp_path/'a', 1 << 29) == b'x' * 99
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally: tracemalloc.stop()
+
+
 def test_a_name_of_255_bytes_is_written(tmp_path):
     name = 'ä' * 125 + '.json'
     write_json(tmp_path/name, 1)
@@ -765,6 +776,19 @@ def test_a_stage_whose_file_is_damaged_is_done_again(tmp_path):
         mark.write_bytes(b)
         run([])
         assert store.read_record(mark)['stage'] == 'classify' and run([]), bit
+
+
+@pytest.mark.parametrize('name', ['', '..', 'a\0', 'x' * 300, 'sub'])
+def test_a_mark_of_a_stage_may_hold_any_name(tmp_path, name):
+    def run():
+        with stage(tmp_path, 'step', 'k', lambda text: None) as s: (s.folder/'sub').mkdir(parents=True, exist_ok=True)
+        return s.found
+    run()
+    mark = tmp_path/'step-k'/'stage.json'
+    said = store.read_record(mark)
+    said['files'] = {name: 'x'}
+    mark.write_text(json.dumps(said | dict(sha256=store.canonical_hash(said, 64))))
+    assert not run() and run() and (tmp_path/'step-k'/'sub').is_dir()
 
 
 def test_stage_is_done_once_and_a_killed_one_is_not_done(tmp_path):

@@ -397,6 +397,8 @@ def finetune(model, x0: torch.Tensor, # pre-trained network, not modified; image
     if latents is None:
         def make(): return compute_latents(model, x0, walk, schedule)
         latents = cached_tensor(Path(out)/'latents.safetensors', key, make) if out else make()
+    # where memory runs out, halving begins with what was tried
+    recipe = replace(recipe, images_per_update=min(recipe.images_per_update, len(x0)))
     tuned, history = tune(model, latents[:len(x0)], x0, loss, schedule, walk, recipe, dtype, out, key)
     if isinstance(getattr(tuned, 'info', None), dict):
         tuned.info = {**tuned.info, 'tuned_to': target, 'sha256': state_hash(tuned)}
