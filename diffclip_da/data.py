@@ -423,7 +423,7 @@ def _read_pairs(path) -> dict[str, int]:
             raise UserError(f'{path}: line {n} is {" ".join(fields)[:60]!r}, expected "name.jpg number"; '
                             'fetch the file again') from None
         if name in pairs:
-            raise UserError(f'{path}: {name} is given twice (line {n}); fetch the file again')
+            raise UserError(f'{path}: {few([name])} is given twice (line {n}); fetch the file again')
         pairs[name] = value
     return pairs
 
@@ -440,14 +440,14 @@ def read_attribute(path, attribute:str) -> dict[str, int]:
                         'attribute names; or a .csv that begins with image_id); fetch it again')
     if attribute not in names:
         near = difflib.get_close_matches(attribute, names, 3, .4) or names
-        raise UserError(f'{path}: no attribute {attribute!r}; did you mean {", ".join(near)}?')
+        raise UserError(f'{path}: no attribute {attribute!r}; did you mean {", ".join(few([n]) for n in near[:9])}?')
     col, values = names.index(attribute) + 1, {}
     for n, f in enumerate(rows, len(lines) - len(rows) + 1):
         if len(f) != len(names) + 1 or f[col] not in ('1', '-1', '0'):
             raise UserError(f'{path}: line {n} does not hold a name and {len(names)} values of -1 '
                             'or 1; fetch the file again')
         if f[0] in values:
-            raise UserError(f'{path}: {f[0]} is given twice (line {n}); fetch the file again')
+            raise UserError(f'{path}: {few(f[:1])} is given twice (line {n}); fetch the file again')
         values[f[0]] = int(f[col] == '1')
     if count not in (None, len(values)):
         raise UserError(f'{path}: {len(values):,} lines, but its first line says '

@@ -19,7 +19,7 @@ from diffclip_da.core import UserError, from_pil
 from diffclip_da.store import sha256_bytes, write_json
 from diffclip_da.data import (ATTRIBUTE_WORDS, DATASETS, ImageSet, attribute_captions, celeba, check_splits, csv_text, dataset,
                               describe, find_celeba, find_fs2k, fs2k, image_folder, label_indices, labelled_split, load_dataset,
-                              read_labels_csv,
+                              read_attribute, read_labels_csv,
                               shipped_faces, toy_faces)
 from diffclip_da.pictures import CELEBA_CROP, Store, crop_image
 
@@ -86,6 +86,13 @@ def test_csv_in_other_encodings_and_spellings(photos, tmp_path, write):
     (tmp_path/'a.csv').write_bytes(write(text))
     s = image_folder(photos, tmp_path/'a.csv')
     assert s.classes == ['Küche', 'cat'] and s.labels == {i: k % 2 for k, i in enumerate(IDS)}
+
+
+@pytest.mark.parametrize('text', ['image_id,{0},x\n1.jpg,1,1\n', 'image_id,Male,x\n{0},1,1\n{0},1,1\n'])
+def test_long_names_in_a_list_make_no_long_messages(tmp_path, text):
+    (tmp_path/'l.csv').write_text(text.format('9' * 5000))
+    with pytest.raises(UserError, match=r'l\.csv: .*9\.\.\.9') as e: read_attribute(tmp_path/'l.csv', 'Male')
+    assert len(str(e.value)) < 500 + len(str(tmp_path))
 
 
 def test_accents_may_be_composed_in_the_list_and_not_in_the_folder(tmp_path):
