@@ -151,8 +151,8 @@ def on_page_content(html, page, **_) -> str:
 
 
 def linked(stem: str) -> str:
-    "The page behind a link; README is the site's first page."
-    return re.sub(r'(^|\.\./)README$', r'\1index', stem)
+    "The page behind a link; a README is the first page of its folder."
+    return re.sub(r'\bREADME$', 'index', stem)
 
 
 def installed(name: str) -> Path: return Path(find_spec(name).submodule_search_locations[0])
