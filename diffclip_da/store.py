@@ -257,6 +257,10 @@ def read_tensors(path,       # a safetensors or PyTorch file
     except pickle.UnpicklingError: raise UserError(f'{path} {_NOT_PLAIN}') from None
     except Exception as e:   # a damaged pickle may fail in any way
         why = (str(e) or type(e).__name__).splitlines()[0][:120]
+        # safetensors has an error of its own for it
+        if ran_out_of_memory(e) or 'annot allocate' in str(e):
+            raise UserError(f'{path} cannot be read for want of memory ({why}); close other programs. If there '
+                            'is plenty, the file is damaged: fetch it again') from None
         # torch's own sentence would go on to say how its protection is switched off
         if 'weights_only' in str(e): raise UserError(f'{path} {_NOT_PLAIN}') from None
         raise UserError(f'{path} cannot be read ({why}); it is cut short or damaged: fetch it '

@@ -17,7 +17,7 @@ import diffclip_da.models.train as T
 from diffclip_da import align
 from diffclip_da.adaptation.folder import main as adapt
 from diffclip_da.models.unet import save_unet, tiny_unet
-from diffclip_da.store import sha256_file
+from diffclip_da.store import content_hash, load_state, sha256_file
 from test_adapter import make_photos
 from test_finetune import clip_folder
 from test_store import flips
@@ -177,6 +177,9 @@ def test_one_flipped_bit_in_any_kind_of_file_in_any_state_is_repaired_or_named(n
                     assert run(out)[0] == 0, where
                 now = tree(out)
                 bad = {g for g in {*now, *want} if now.get(g) != want.get(g)}
+                if bad == {f} and f.endswith('checkpoint.pt'):   # between the parts of a zip nobody reads
+                    assert content_hash(load_state(out/f)) == content_hash(load_state(state/f)), where
+                    bad = ()
                 # a picture that still decodes may have been retouched: it stays, and whatever shows it
                 if bad: assert kind == 'images/a/#.png' and f in said and bad <= {f, *SHOWS_PICTURES}, (*where, bad)
                 shutil.rmtree(out)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from diffclip_da import store
@@ -270,6 +271,15 @@ def test_where_a_file_system_has_no_locks_the_process_number_decides(tmp_path, m
     with atomic_write(tmp_path/'x') as f: f.write(b'y')
     remove_leftovers(tmp_path)
     assert listing(tmp_path) == ['x']
+
+
+@pytest.mark.parametrize('error', [MemoryError(), SafetensorError('unable to mmap 9 bytes from file: Cannot allocate memory (12)'),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_weights_for_which_memory_is_short_are_not_called_damaged_at_once(tmp_path, monkeypatch, error):
+    def fails(*a, **k): raise error
+    monkeypatch.setattr(store, 'load_file', fails)
+    (tmp_path/'m.safetensors').write_bytes(b'x')
+    with pytest.raises(UserError, match='m.safetensors cannot be read for want of memory'): read_tensors(tmp_path/'m.safetensors')
 
 
 def test_reading_a_small_file_takes_little_memory(tmp_path):
