@@ -470,6 +470,9 @@ def checked(made, figure, tmp_path, *metrics):
     validate_record(json.loads(place.with_suffix('.json').read_text()))
     assert all(place.with_suffix(s).stat().st_size > 100 for s in ('.png', '.csv')) and len(table)
     assert set(metrics) <= set(record['summary']) and {'unet', 'clip', 'identity', 'judge'} == set(record['weights'])
+    for k, v in record['summary'].items():   # the interval of a share does not leave [0, 1]
+        if k.endswith(('agreement', 'rate', 'balanced_accuracy')) and '_minus_' not in k and v['ci95']:
+            assert 0 <= v['ci95'][0] <= v['ci95'][1] <= 1, k
     return record['summary']
 
 

@@ -216,7 +216,7 @@ def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for eac
             for s in ss]
     for r in rows:
         key = f"{r['kind']}/{r['scale']:g}"
-        summary[f'{key}/agreement'] = over_images(r['agree'])
+        summary[f'{key}/agreement'] = over_images(r['agree'], share=True)
         for m in ('frechet', 'recall',
                   'precision'): summary[f'{key}/{m}'] = dict(mean=r[m], ci95=None, n_seeds=1)
     g = torch.Generator()

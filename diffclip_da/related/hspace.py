@@ -385,7 +385,7 @@ def figure31(bench: Bench, scales=(-9., 0., 3., 6., 9., 12.), attributes=('Male'
         summary[f'probe/{r.attribute}/{r.t}'] = dict(mean=r.auroc, ci95=None, n_seeds=1)
     sweep, made = study.sweep('Smiling', scales)
     for s, g in sweep.groupby('scale'):
-        summary[f'smile/{s:g}/rate'] = over_images((g.yes > .5).astype(float))
+        summary[f'smile/{s:g}/rate'] = over_images((g.yes > .5).astype(float), share=True)
         summary[f'smile/{s:g}/identity'] = over_images(g.identity)
     summary['smile/judge_balanced_accuracy'] = dict(
         mean=bench.judge_quality('Smiling')['balanced_accuracy'], ci95=None, n_seeds=1)
@@ -421,7 +421,7 @@ def figure31(bench: Bench, scales=(-9., 0., 3., 6., 9., 12.), attributes=('Male'
             summary[f'{w}/{how}/identity'] = over_images(bench.likeness(ref, x))
     adapted = adapted_by_hspace(study, n_adapt, fs2k=fs2k)
     for (m, k), g in adapted.groupby(['trained_on', 'test'], sort=False):
-        summary[f'trained on {m}/{k}/balanced_accuracy'] = over_seeds(g.balanced_accuracy)
+        summary[f'trained on {m}/{k}/balanced_accuracy'] = over_seeds(g.balanced_accuracy, share=True)
     numbers = dict(probes=probes.to_dict('list'), sweep=sweep.to_dict('list'),
                    adapted=adapted.to_dict('list'), times=study.times)
     fig = plot_hspace(probes, sweep, adapted, pictures)

@@ -329,7 +329,7 @@ def figure34(bench: Bench, attribute: str = 'Smiling', times=(0, 200, 400, 600),
     scores = []
     for m in METHODS_OF_SHIFT:
         values = [float(recalls(p.argmax(1) == y_test, y_test)) for p in answers[m]]
-        summary[f'{m}/balanced_accuracy'] = s = over_seeds(values)
+        summary[f'{m}/balanced_accuracy'] = s = over_seeds(values, share=True)
         low, high = s['ci95'] or (s['mean'],) * 2
         scores.append(dict(method=m, mean=s['mean'], low=low, high=high))
         if m != 'as they are':
