@@ -111,6 +111,13 @@ def bad_commands(photos, tmp, weights):
         'seed': (argv(photos, ok, weights, '--seed', 2**70), f'seed = {2**70}'),
         'out in a file': (argv(photos, labels/'x', weights), 'is a file, not a folder'),
         'save in a file': (argv(photos, ok, weights, '--save', labels/'x'), 'is a file, not a folder'),
+        'save among the photos': (argv(photos, ok, weights, '--save', photos/'mine'), 'not among the photos'),
+        'save as the photos': (argv(photos, ok, weights, '--save', photos), 'not among the photos'),
+        'save as the result': (argv(photos, ok, weights, '--save', ok), 'or the results'),
+        'save over other files': (argv(photos, ok, weights, '--save', other), 'is not empty and holds no adapter'),
+        'a long name': (argv(photos, tmp/('x' * 300), weights), 'File name too long; give another path'),
+        'half a character': (argv(photos, ok, weights, '--target', 'a \udcff'), 'is not UTF-8'),
+        'unused embedder': (argv(photos, ok, weights, '--embedder', 'nothing'), 'id_weight is 0'),
         'batch': (argv(photos, ok, weights, '--batch-size', 0), 'batch_size = 0'),
         'labels': (argv(photos, ok, weights, '--labels', labels), 'l.csv: no line for 6 images'),
         'device': (argv(photos, ok, weights, '--device', 'cuda:77'), "device 'cuda:77' cannot be used"),
@@ -193,6 +200,11 @@ def test_a_saved_adapter_on_the_command_line(tmp_path, photos, weights, sketches
     assert tree(tmp_path/'one/images') == tree(tmp_path/'two/images') == tree(sketches/'images')
     assert (tmp_path/'two/labels.csv').read_text() == (sketches/'labels.csv').read_text()
     assert json.loads((tmp_path/'two/report.json').read_text())['target'] == 'a pencil sketch'
+    kept = tree(tmp_path/'mine')
+    with pytest.raises(SystemExit): main(argv(photos, tmp_path/'other', weights, '--save', tmp_path/'mine', '--target', 'an oil painting'))
+    said = capsys.readouterr().err
+    assert 'holds another adapter (different: target)' in said and tree(tmp_path/'mine') == kept and not (tmp_path/'other').exists()
+    assert main(argv(photos, tmp_path/'one', weights, '--save', tmp_path/'mine', *more)) == 0   # the same one may be written again
     for bad, words in ((['--adapter', str(tmp_path/'mine'), '--target', 'x'], 'has its words already'), ([], 'say what the pictures should become'),
                        (['--adapter', str(tmp_path)], 'holds no adapter.json')):
         with pytest.raises(SystemExit) as e: main([str(photos), '--out', str(tmp_path/'three'), *bad])
