@@ -17,7 +17,7 @@ from diffclip_da.diffusion.schedule import cosine_schedule, linear_schedule
 from diffclip_da.diffusion.walk import Walk
 from diffclip_da.models.load import load_guide
 from diffclip_da.models.unet import save_unet, tiny_unet
-from diffclip_da.store import sha256_file
+from diffclip_da.store import read_record, sha256_file, write_record
 from test_finetune import Face, Net, clip_folder
 from test_store import Held
 
@@ -397,6 +397,16 @@ def test_one_flipped_bit_in_any_file_of_a_run_is_repaired_or_named(tmp_path, cap
                 assert set(now) == set(want), (state, kind, bit)
                 shutil.rmtree(out)
     for kind in kinds[2:]: assert sum(named[kind]) > .5 * len(named[kind]), (kind, named)
+
+def test_a_record_that_names_fewer_pictures_than_its_shard_is_no_record(tmp_path, images, unet, tuned, reference):
+    "Under a checksum that fits, as if somebody had meant it."
+    out = tmp_path/'out'
+    shutil.copytree(reference, out)
+    path = out/'shards/00000.json'
+    said = read_record(path)
+    write_record(path, said | dict(images=said['images'][:-1]))
+    adapt(images, unet, tuned, cfg, schedule, out)
+    assert tree(out) == tree(reference)
 
 def test_a_damaged_or_missing_claim_does_not_lock_the_owner_out(tmp_path, images, unet, tuned, reference):
     out = tmp_path/'out'

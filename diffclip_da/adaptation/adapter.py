@@ -131,7 +131,8 @@ class Run:
             said = read_record(path)
             if said['key'] != self.what['key']: return None
             made = [r['adapted_sha256'] for r in said['images']]
-            if said['images'] == self.rows(k, made) and all(isinstance(h, str) for h in made): return said
+            whole = len(made) == len(self.shards[k]) and all(isinstance(h, str) for h in made)
+            if whole and said['images'] == self.rows(k, made): return said
         except (Damaged, KeyError, TypeError): pass
         self.tell(f'{path} is damaged: shard {k} is made anew')
         return None
