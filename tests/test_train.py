@@ -177,6 +177,18 @@ def launch(script, world, *args):
     return [(p, *p.communicate(timeout=300)) for p in ps]
 
 
+def test_nothing_is_trained_into_the_photos_or_at_no_size(tmp_path, capsys):
+    from PIL import Image
+    photos = tmp_path/'photos'
+    photos.mkdir()
+    for k in range(2): Image.new('RGB', (16, 16), (k, k, k)).save(photos/f'{k}.png')
+    for out, more, words in ((photos, (), 'would lie inside the photos'), (photos/'net', (), 'would lie inside the photos'),
+                             (tmp_path/'u', ('--image-size', '0'), 'image_size = 0')):
+        with pytest.raises(SystemExit) as e: main(['--images', str(photos), '--out', str(out), '--device', 'cpu', *more])
+        assert e.value.code == 2 and words in capsys.readouterr().err
+    assert {p.name for p in photos.iterdir()} == {'0.png', '1.png'} and not (tmp_path/'u').exists()
+
+
 def test_two_processes_take_the_steps_of_one(tmp_path):
     for world in (1, 2):
         for p, out, err in launch(TWO, world, tmp_path/str(world), 8): assert p.returncode == 0 and out.strip() == '5', err

@@ -30,7 +30,7 @@ from ..data import ImageSet, csv_text, image_folder
 from ..diffusion.walk import Walk
 from ..models.looks import doubts, list_looks, preview
 from ..settings import override
-from ..store import (atomic_write, available_memory, canonical_hash, check_claim, check_room,
+from ..store import (atomic_write, available_memory, canonical_hash, check_claim, check_outside, check_room,
                                claim_folder, doing, jsonable, megabytes, read_json, read_record,
                                remove_leftovers, versions, write_json)
 
@@ -59,8 +59,7 @@ def check_folders(folder, out):
     folder, out = Path(folder).resolve(), Path(out).resolve()
     if not folder.is_dir() and folder.suffix.lower() != '.zip':
         raise UserError(f'{folder} is not a folder of images')
-    if out == folder or folder in out.parents:
-        raise UserError(f'the result {out} would lie inside the photos {folder}; choose a folder outside it')
+    check_outside(out, folder)
     if out.is_file(): raise UserError(f'{out} is a file; choose a folder for the result')
     ours = (out/'.diffclip').is_dir() or (out/'shards').is_dir()
     if out.is_dir() and any(out.iterdir()) and not ours:
@@ -236,9 +235,10 @@ KEPT = {'adapter.json', 'unet', 'tuned'}   # what `save_adapter` writes
 
 def check_save(o: Options, adapter: Adapter):
     "An adapter is kept in a folder of its own, and takes no other one's place."
-    folder, photos = Path(o.save).resolve(), Path(o.folder).resolve()
-    if folder in (photos, Path(o.out).resolve()) or photos in folder.parents:
-        raise UserError(f'--save {o.save}: give the adapter a folder of its own, not among the photos or the results')
+    folder = Path(o.save).resolve()
+    check_outside(folder, o.folder, 'the adapter')
+    if folder == Path(o.out).resolve():
+        raise UserError(f'--save {o.save} is the folder of the pictures; give the adapter one of its own')
     if folder.is_file(): raise UserError(f'{folder} is a file; choose a folder for the adapter')
     there = {p.name for p in folder.iterdir() if p.suffix != '.tmp'} if folder.exists() else set()
     if there - KEPT:

@@ -24,7 +24,7 @@ from .load import load_unet
 from .loop import (TrainingLoop, bfloat16_or_not, moving_average, rate_factor,
                                      set_rate)
 from .unet import ATTENTION, CHANNELS, EpsUNet, fine_spectrum, save_unet, small_unet
-from ..store import canonical_hash, check_room, doing, remove_leftovers, tensor_hash
+from ..store import canonical_hash, check_outside, check_room, doing, remove_leftovers, tensor_hash
 
 # %% ../../nbs/08_train.ipynb #c2d4a0be
 @dataclass(frozen=True)
@@ -255,6 +255,8 @@ def main(argv=None) -> int:
     if bool(o.celeba) == bool(o.images):
         raise UserError('give exactly one of --celeba and --images')
     check_room(o.out)
+    if o.images: check_outside(o.out, o.images, 'the network')
+    if o.image_size < 1: raise UserError(f'image_size = {o.image_size}: must be 1 or more')
     if o.calm and not o.v: raise UserError('--calm needs --v: a network that predicts velocity')
     device, cfg = local_device(o.device), o.config.check()
     cfg = replace(cfg, bf16=bfloat16_or_not(cfg.bf16, device))
