@@ -438,6 +438,24 @@ def test_the_reader_estimates_a_reversed_shift():
     with pytest.raises(UserError, match='two training photos'): GroupReader(h[:7], [0, 1, 2, 3, 1, 2, 1])
 
 
+def test_a_rare_group_is_read_although_its_photos_are_few_and_wide():
+    "Twelve photos of a rare group in 100 dimensions: label and attribute are read apart, so the shares are found."
+    rng = np.random.default_rng(0)
+    def cloud(n, shares):
+        g, x = rng.choice(4, n, p=shares), rng.normal(size=(n, 100))
+        x[:, :20] += .8 * (g // 2)[:, None]; x[:, 20:40] += .8 * (g % 2)[:, None]
+        return g, torch.tensor(x).float()[:, :, None, None]
+    (g, h), (g_test, h_test) = cloud(240, [.05, .45, .45, .05]), cloud(400, [.45, .05, .05, .45])
+    reader = GroupReader(h, g, C=.01)
+    true = np.bincount(g_test, minlength=4) / 400
+    assert np.abs(reader.estimate(reader.posterior(h_test))['EM'] - true).max() < .15
+    assert reader.weights @ (g == 0) == pytest.approx(60)
+    assert reader.unseen.sum(1) == pytest.approx(1)
+    biased = np.stack([.5 * (g < 2), .5 * (g < 2), .5 * (g > 1), .5 * (g > 1)], 1)   # knows the label alone
+    tilted = biased + .01 * (g < 2)[:, None] * [[0, 1, 0, 1]]
+    assert attribute_auroc(tilted, g % 2) > .8 and attribute_auroc(tilted, g % 2, reader.weights) == pytest.approx(.5)
+
+
 # the bench, and the figures in small
 
 def test_the_bench_knows_and_is_told(toy):
