@@ -37,6 +37,7 @@ with suppress(ImportError):   # reads what iPhones write; an extra
     from pillow_heif import register_heif_opener
     register_heif_opener()
 Image.init()
+_HEIF_BRANDS = tuple(b'ftyp' + v for v in (b'heic', b'heix', b'hevc', b'mif1', b'msf1'))   # bytes 4 to 12
 _HEIF, _RAW = ('.heic', '.heif'), ('.dng', '.cr2', '.cr3', '.nef', '.arw', '.raf', '.orf', '.rw2')
 _PICTURES = ('.jpg', '.jpeg', '.jfif', '.png', '.webp', '.bmp', '.tif', '.tiff', '.gif',
              '.avif', *_HEIF)
@@ -120,6 +121,9 @@ def decode(b:bytes,      # of an encoded picture
         raise UserError(f'{where}: not enough memory to decode this picture; save it smaller, or '
                         'close other programs') from None
     except Exception as e:   # damaged bytes may raise anything in a decoder
+        if b[4:12] in _HEIF_BRANDS and '.heic' in UNREADABLE:   # phones' pictures, often under another name
+            raise UserError(f'{where}: a HEIC picture, whatever its name says: '
+                            f'{why_unreadable(".heic")}') from None
         cut = 'truncated' in str(e).lower() or 'rows are missing' in str(e)
         kind = 'truncated' if cut else 'damaged, or not an image'
         why = e if str(e) and 'BytesIO' not in str(e) else type(e).__name__

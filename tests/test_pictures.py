@@ -285,3 +285,9 @@ def test_names_that_are_one_file_elsewhere_are_refused(tmp_path, a, b):
 
 def test_usual_names_are_fine():
     for n in ('a.jpg', 'b/\u0444\u043e\u0442\u043e 1.png', '-1.png', '@home.jpg', "it's.png", '#50%.webp', 'a.b.c.png', '\u732b.png'): assert odd_name(n) is None
+
+
+def test_a_heic_picture_under_another_name_is_called_so():
+    head = b'\0\0\0\x24ftypheic' + b'\0' * 60
+    with pytest.raises(UserError, match=r'IMG_1.jpg: a HEIC picture, whatever its name says: pip install pillow-heif'):
+        decode(head, 'IMG_1.jpg')
