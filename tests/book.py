@@ -16,7 +16,7 @@ PARTS = { # title of a part -> how the names of its notebooks begin
     'Pictures and networks': '06 07 08', 'Words and losses': '09 10 11', 'Adapting': '12 13',
     'What it is worth': '14 15', 'How the shipped models were made': '16 17 18 19',
     'Figures': '20 21 22 23 24 25 26 27 28 29_ 35', 'Other systems of the paper': '29b 30 31 32 33 34'}
-LINKED = 'LICENSE', 'tests/check_house.py', 'benchmarks/recipes.py'   # files that pages link to
+LINKED = 'LICENSE', 'RESULTS.md', 'tests/check_house.py'
 MATHJAX = """const fonts = new URL('mathjax/output/chtml/fonts/woff-v2', document.currentScript.src).href;
 window.MathJax = {tex: {inlineMath: [['$', '$']], displayMath: [['$$', '$$']], processEscapes: true},
   options: {enableMenu: false}, chtml: {fontURL: fonts}};"""
@@ -40,7 +40,8 @@ WORKER = """if (location.protocol === 'file:') window.Worker = class extends Eve
   }
   postMessage(data) { this.ready.then(() => this.send(data, '*')); }
 };"""
-STYLE = """.jupyter-wrapper { --jp-content-font-size1: 16px; --jp-code-font-size: 13px; }
+STYLE = """.md-grid { max-width: 76rem; }
+.jupyter-wrapper { --jp-content-font-size1: 16px; --jp-code-font-size: 13px; }
 .jupyter-wrapper .jp-InputPrompt, .jupyter-wrapper .jp-OutputPrompt { display: none; }
 .jupyter-wrapper details, .md-typeset details { border: 0; box-shadow: none; background: #f4f4f4; font-size: 1em; }
 .jupyter-wrapper img { max-width: 100%; height: auto; }"""
@@ -162,9 +163,9 @@ def write_docs():
     "Everything that MkDocs reads, into runs/book."
     docs = BOOK/'docs'
     shutil.rmtree(docs, ignore_errors=True)
-    shutil.copytree(NBS, docs/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
-    kept = [ROOT/name for name in (*LINKED, 'RESULTS.md', 'benchmarks/README.md')]
-    for path in kept + figures() + sorted((ROOT/'figures').rglob('tables.md')):
+    for folder in ('nbs', 'benchmarks'):
+        shutil.copytree(ROOT/folder, docs/folder, ignore=shutil.ignore_patterns('.ipynb_checkpoints', '__pycache__'))
+    for path in [ROOT/name for name in LINKED] + figures() + sorted((ROOT/'figures').rglob('tables.md')):
         to = docs/path.relative_to(ROOT)
         to.parent.mkdir(parents=True, exist_ok=True); shutil.copy(path, to)
     texts = {'index.md': (ROOT/'README.md').read_text(encoding='utf-8'), 'figures.md': figures_page(),
