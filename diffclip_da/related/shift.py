@@ -289,7 +289,7 @@ def plot_shift(reading: pd.DataFrame, shares: pd.DataFrame, scores: pd.DataFrame
         colour, mark = looks[m]
         b.errorbar(at, g['share'], [g['share'] - g.low, g.high - g['share']], fmt=mark,
                    color=COLOURS[colour], label=m, capsize=2)
-    b.set(title='shares of the groups in the test set', xticks=range(len(names)), ylim=(0, .75))
+    b.set(title='shares of the groups in the test set', xticks=range(len(names)), ylim=(0, 1))
     b.set_xticklabels(names, fontsize=7)
     b.legend(fontsize=8, ncols=2)
     for k, r in enumerate(scores.itertuples()):
@@ -354,7 +354,7 @@ def figure34(bench: Bench, attribute: str = 'Smiling', times=(0, 200, 400, 600),
     summary['share of photos edited'] = dict(mean=len(moved) / len(plan), ci95=None, n_seeds=1)
     alike = float(bench.likeness(x[moved], after[moved]).mean())
     summary['identity of edited photos'] = dict(mean=alike, ci95=None, n_seeds=1)
-    given, taken = (moved[plan[moved] == s][:7] for s in (1, -1))
+    given, taken = (moved[plan[moved] == s][:5] for s in (1, -1))
     shown = np.concatenate([given, taken])
     title = f'training photos that are given "{attribute}" (left) or lose it (right)'
     pictures = {title: x[shown], 'edited': after[shown]}
