@@ -140,7 +140,8 @@ class Bench:
         record = experiment_record(self.exp, figure, numbers, known, tolerances(known))
         record['weights']['judge'] = {k: self.face.info[k]
                                       for k in ('name', 'sha256', 'provenance')}
-        save_figure(captioned(fig, caption(self.exp, how)), record, table, self.exp.figures)
+        # many small pictures: twice their own size is enough, and a third of the bytes
+        save_figure(captioned(fig, caption(self.exp, how)), record, table, self.exp.figures, dpi=108)
         return fig, record, table
 
 def open_bench(profile: str, celeba: str = '', judge: str = '',

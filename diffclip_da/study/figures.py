@@ -64,7 +64,8 @@ def validate_record(record:dict):
 # %% ../../nbs/15e_figures.ipynb #e3368255
 def save_figure(fig:plt.Figure, record:dict, # from `make_record`; names the figure and the profile
                 table:pd.DataFrame|None=None, # the plotted series, long form; None: the summary
-                root='figures') -> dict: # 'png', 'pdf', 'json', 'csv' -> Path
+                root='figures', dpi:float|None=None # of the png; None: as `set_style` has it
+               ) -> dict: # 'png', 'pdf', 'json', 'csv' -> Path
     """Write `<root>/<profile>/<figure>.png .pdf .json .csv`, atomically; no pdf of photos, which have no lines.
 
     The same figure and record give the same bytes."""
@@ -79,7 +80,8 @@ def save_figure(fig:plt.Figure, record:dict, # from `make_record`; names the fig
     if any(ax.images for ax in fig.axes): plain.pop('pdf'); paths.pop('pdf').unlink(missing_ok=True)
     for ext, metadata in plain.items():
         buffer = io.BytesIO()
-        fig.savefig(buffer, format=ext, metadata=metadata, bbox_inches='tight')
+        fig.savefig(buffer, format=ext, metadata=metadata, bbox_inches='tight',
+                    **(dict(dpi=dpi) if dpi else {}))
         with atomic_write(paths[ext]) as f: f.write(buffer.getvalue())
     write_json(paths['json'], record)
     with atomic_write(paths['csv'], 'w') as f: table.to_csv(f, index=False, lineterminator='\n')
