@@ -189,10 +189,10 @@ CHAPTERS = dict(
         asked='Do other words do what they say, and what do they cost?',
         careful='The judge of looks learnt them from filters: what it does not recognise may still be a good picture. '
                 'One recipe for all prompts.',
-        pattern=r'(?P<row>[^/]+)/(?P<column>look|identity|gender)',
+        pattern=r'(?P<row>[^/]+)/(?:%T%/)?(?P<column>look|identity|gender|balanced_accuracy)',
         legend='Pictures adapted by these words: the share whose look a judge names as asked, the cosine with the '
-               'photo of an identity network, the share whose gender reads as before. What classifiers learn from '
-               'them is in the figure.'),
+               'photo of an identity network, the share whose gender reads as before; and the balanced accuracy on '
+               'the target of a classifier trained on them. A record from before the gallery has the last alone.'),
     figure27=Chapter(
         'What adaptation keeps and loses',
         asked='How many people change their gender or their face on the way?',
