@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import UserError
+from ..core import UserError, image_grid, to_pil
 from ..data import ImageSet, attribute_captions, load_dataset, repo_root
 from ..models.clip import zero_shot
 from ..models.identity import embed_all
 from ..models.load import load_embedder
 from ..models.loop import fast_dtype
 from ..models.train import mirrored
-from ..store import (cached_tensor, canonical_hash, code_hash, fingerprint, load_state,
+from ..store import (atomic_write, cached_tensor, canonical_hash, code_hash, fingerprint, load_state,
                                save_state)
 from ..study.classify import SmallCNN, Training, new_classifier, predict, score, train_classifier
 from ..study.experiment import Experiment, caption, experiment_record
@@ -131,6 +131,12 @@ class Bench:
                               code_hash(*code)])
         with self.exp.stage(name, key) as folder:
             return cached_tensor(folder/'result.safetensors', key, make)
+
+    def strip(self, name: str, *rows, n: int = 5): # of the file; pictures [n or more, 3, h, w]
+        "A few pictures of a figure, row below row, as `<name>_row.png` beside it: what tables show."
+        path = self.exp.figures/self.exp.profile.name/f'{name}_row.png'
+        x = torch.cat([r[:n].clamp(-1, 1) for r in rows])
+        with atomic_write(path) as f: to_pil(image_grid(x, len(rows[0][:n]))).save(f, format='PNG')
 
     def finish(self, figure: str, fig, numbers: dict, summary: dict, table: pd.DataFrame,
                how: str) -> tuple:

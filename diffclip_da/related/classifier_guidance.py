@@ -234,6 +234,8 @@ def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for eac
     order = ', '.join((names * 2)[:3])
     pictures = {f'{words[k]}, scale {s:g}: {order}, ...': study.faces(k, s)[:10] for k, s in shown}
     fig = plot_guidance(table, pictures)
+    best = study.faces(*(('free', free[len(free) // 2]) if free else ('classifier', scales[-1])))
+    bench.strip('figure30', best[study.labels == 0], best[study.labels == 1])
     numbers = dict(minutes=(time.monotonic() - tic) / 60, noisy_classifier=fingerprint(study.net))
     return bench.finish('figure30', fig, numbers, summary, table, f'{n_drawn} faces a scale')
 

@@ -359,6 +359,8 @@ def figure33(bench: Bench, checkpoint, **settings) -> tuple: # of `train_gan`; o
     shown = {'photo': x, 'GAN, from noise': study.drawn,
              f'GAN, from noise, tuned to {study.target}': study.drawn_tuned, **made}
     fig = plot_gan(table, {k: v.clamp(-1, 1)[:10] for k, v in shown.items()})
+    bench.strip('figure33', study.drawn, study.drawn_tuned)
+    bench.strip('figure33_diffusion', x, made[f'diffusion: {study.target}'])
     numbers = dict(gan=known, layer_scores=scores, seconds_a_photo=seconds)
     how = f"{len(x)} test photos; the GAN has seen {known['images_seen']:,} photos"
     return bench.finish('figure33', fig, numbers, summary, table, how)

@@ -425,6 +425,7 @@ def figure31(bench: Bench, scales=(-9., 0., 3., 6., 9., 12.), attributes=('Male'
     numbers = dict(probes=probes.to_dict('list'), sweep=sweep.to_dict('list'),
                    adapted=adapted.to_dict('list'), times=study.times)
     fig = plot_hspace(probes, sweep, adapted, pictures)
+    bench.strip('figure31', bench.photos('test', n), made[scales[-1]])
     table = sweep.groupby('scale').agg(rate=('yes', lambda v: (v > .5).mean()),
                                        identity=('identity', 'mean')).reset_index()
     return bench.finish('figure31', fig, numbers, summary, table, f'{len(z)} test photos edited')

@@ -169,5 +169,7 @@ def figure32(bench: Bench, drawings, n_tune: int = 24, passes: int = 6,
     note('drawing itself', drawings, photos)
     table = pd.DataFrame(rows)
     fig = plot_mixing(table, study.words, pictures)
+    middle = list(pictures)[1 + len(weights) // 2]
+    bench.strip('figure32', photos, pictures[middle])
     return bench.finish('figure32', fig, dict(recipe=study.recipe), summary, table,
                         f'{len(photos)} test photos')
