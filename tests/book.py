@@ -110,7 +110,7 @@ def api_page(module: Path) -> str:
 
 def figures() -> list:
     "The pictures of all figures, by profile and number."
-    return sorted((ROOT/'figures').rglob('figure*.png'), key=lambda p: (p.parent.name, int(re.sub(r'\D', '', p.stem))))
+    return sorted((ROOT/'figures').rglob('figure*[0-9].png'), key=lambda p: (p.parent.name, int(re.sub(r'\D', '', p.stem))))
 
 
 def figures_page() -> str:
