@@ -19,12 +19,11 @@ from ..models.identity import embed_all
 from ..models.load import load_embedder
 from ..models.loop import fast_dtype
 from ..models.train import mirrored
-from ..store import (atomic_write, cached_tensor, canonical_hash, code_hash, fingerprint, load_state,
-                               save_state)
+from ..store import (atomic_write, cached_tensor, canonical_hash, code_hash, fingerprint)
 from ..study.classify import SmallCNN, Training, new_classifier, predict, score, train_classifier
 from ..study.experiment import Experiment, caption, experiment_record
 from ..study.figures import captioned, save_figure
-from ..study.gallery import spare_photos
+from ..study.gallery import kept_network, spare_photos
 from ..study.profile import get_profile
 from ..study.stats import tolerances
 
@@ -98,16 +97,10 @@ class Bench:
             key = canonical_hash([attribute, list(images.manifest().sha256), y.tolist(),
                                   self.judge_epochs, size,
                                   code_hash(train_classifier, mirrored, judge_net)])
-            with exp.stage(f'judge {attribute}', key) as folder:
-                path = folder/'judge.pt'
-                if not path.exists():
-                    x = images.tensor(size=size)
-                    net, _ = train_classifier((x, torch.tensor(y)), {}, training=how,
-                                              augment=mirrored, measured=())
-                    save_state(path, net.state_dict())
-                net = new_classifier(judge_net, size)
-                net.load_state_dict(load_state(path))
-            self._judges[attribute] = net.eval()
+            def train(): return train_classifier((images.tensor(size=size), torch.tensor(y)), {}, training=how,
+                                                 augment=mirrored, measured=())[0]
+            self._judges[attribute] = kept_network(exp, f'judge {attribute}', key,
+                                                    new_classifier(judge_net, size), train)
         return self._judges[attribute]
 
     def yes(self, attribute: str,

@@ -31,7 +31,7 @@ from ..models.loop import TrainingLoop
 from ..models.train import mirrored, training_pictures
 from .bench import Bench
 from ..store import canonical_hash, fingerprint, load_state, tensor_hash
-from ..study.figures import height_of_rows, titled_rows
+from ..study.figures import panels_over_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/30_classifier_guidance.ipynb #0c9415a5
@@ -190,9 +190,7 @@ def plot_guidance(table: pd.DataFrame,
                   pictures: dict) -> plt.Figure: # columns kind, scale, agree, frechet, recall
     "Three panels against the scale, and rows of faces."
     set_style()
-    height = height_of_rows(pictures)
-    fig = plt.figure(figsize=(12, 2.8 + height), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.8, height))
+    fig, top = panels_over_rows(pictures, 2.8)
     names = dict(agree='label confirmed by the judge', frechet='Fréchet distance to photos',
                  recall='recall of photos')
     looks = dict(classifier=('adapted', 'o-', 'by a classifier'),
@@ -203,7 +201,6 @@ def plot_guidance(table: pd.DataFrame,
             ax.plot(g.scale, g[m], line, color=COLOURS[colour], label=label)
         ax.set(title=title, xlabel='scale')
         ax.legend(fontsize=8)
-    titled_rows(bottom, pictures)
     return fig
 
 def figure30(bench: Bench, n_drawn: int = 48, n_steps: int = 30, # faces for each scale; steps

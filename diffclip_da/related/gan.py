@@ -33,7 +33,7 @@ from ..models.train import mirrored, training_pictures
 from .bench import Bench
 from .classifier_guidance import principal
 from ..store import atomic_write, load_state, read_json, read_tensors, tensor_hash, write_json
-from ..study.figures import height_of_rows, titled_rows
+from ..study.figures import panels_over_rows
 from ..study.stats import over_images
 
 # %% ../../nbs/33_gan.ipynb #b1b28c5f
@@ -326,9 +326,7 @@ def plot_gan(table: pd.DataFrame,
              pictures: dict) -> plt.Figure: # columns way, error, identity, direction
     "Three bars for each way, and rows of pictures."
     set_style()
-    height = height_of_rows(pictures)
-    fig = plt.figure(figsize=(12, 2.6 + height), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(2.6, height))
+    fig, top = panels_over_rows(pictures, 2.6)
     names = dict(error='distance from the photo (0-1 range)', identity='likeness to the photo',
                  direction='cosine with the words')
     for ax, (m, title) in zip(top.subplots(1, 3, sharey=True), names.items()):
@@ -337,7 +335,6 @@ def plot_gan(table: pd.DataFrame,
         ax.set(title=title, yticks=range(len(table)), yticklabels=table.way)
         ax.tick_params('y', labelsize=7)
     ax.invert_yaxis()
-    titled_rows(bottom, pictures)
     return fig
 
 def figure33(bench: Bench, checkpoint, **settings) -> tuple: # of `train_gan`; of `GanStudy`

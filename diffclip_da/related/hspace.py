@@ -34,7 +34,7 @@ from ..diffusion.walk import Walk
 from .bench import Bench, judge_net
 from ..study.classify import Training, evaluate, train_classifier
 from ..study.evaluate import Evaluation
-from ..study.figures import height_of_rows, titled_rows
+from ..study.figures import panels_over_rows
 from ..study.stats import over_images, over_seeds
 
 # %% ../../nbs/31_hspace.ipynb #c39cef1c
@@ -351,9 +351,7 @@ def plot_hspace(probes: pd.DataFrame, sweep: pd.DataFrame, adapted: pd.DataFrame
                 pictures: dict) -> plt.Figure: # name -> [n, 3, h, w]
     "Probes, a smile against its scale, classifiers, and rows of pictures."
     set_style()
-    height = height_of_rows(pictures)
-    fig = plt.figure(figsize=(12, 3 + height), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3, height))
+    fig, top = panels_over_rows(pictures, 3)
     a, b, c = top.subplots(1, 3)
     for k, (name, g) in enumerate(probes.groupby('attribute', sort=False)):
         a.plot(g.t, g.auroc, 'o-', color=list(COLOURS.values())[k], label=name)
@@ -372,7 +370,6 @@ def plot_hspace(probes: pd.DataFrame, sweep: pd.DataFrame, adapted: pd.DataFrame
     c.set(title='trained on ..., tested on ...', ylabel='balanced accuracy', xlabel='',
           ylim=(.4, 1))
     c.legend(title=None, fontsize=7)
-    titled_rows(bottom, pictures)
     return fig
 
 def figure31(bench: Bench, scales=(-9., 0., 3., 6., 9., 12.), attributes=('Male', 'Smiling'),

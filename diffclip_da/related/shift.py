@@ -28,7 +28,8 @@ from .bench import Bench, attribute_of, judge_net
 from .hspace import ClassMeans, combined, edit_latents, mean_difference, noised_bottleneck
 from ..study.classify import Training, predict, train_classifier
 from ..study.experiment import Experiment
-from ..study.figures import height_of_rows, titled_rows
+from ..study.gallery import unused_photos
+from ..study.figures import panels_over_rows
 from ..study.profile import Profile, load_whole
 from ..study.stats import over_seeds, paired_bootstrap, recalls
 
@@ -241,9 +242,7 @@ class ShiftStudy:
 
     def oracle_photos(self) -> tuple: # as many other photos with the test set's shares
         b, p = self.bench, self.bench.exp.profile
-        whole = load_whole(p, b.exp.folder, b.exp.root/p.name)['train']
-        used = set(b.exp.splits['train'].ids)
-        rest = whole.subset([i for i in whole.ids if i not in used], whole.name)
+        rest = unused_photos(b.exp)
         y, n = rest.labels_of().numpy(), len(self.y['train'])
         share = float(self.a['test'][self.y['test'] == 0].mean())
         keep = biased_choice(y, attribute_of(b.exp, rest, self.attribute), n, share, 1)
@@ -271,9 +270,7 @@ def plot_shift(reading: pd.DataFrame, shares: pd.DataFrame, scores: pd.DataFrame
                pictures: dict) -> plt.Figure:
     "Reading against noise, estimated shares, balanced accuracies, and photos before and after the edit."
     set_style()
-    height = height_of_rows(pictures)
-    fig = plt.figure(figsize=(12, 3.2 + height), layout='constrained')
-    top, bottom = fig.subfigures(2, 1, height_ratios=(3.2, height))
+    fig, top = panels_over_rows(pictures, 3.2)
     a, b, c = top.subplots(1, 3)
     for domain, g in reading.groupby('domain', sort=False):
         a.plot(g.t, g.auroc, 'o-', color=COLOURS['train' if domain == 'training' else 'target'],
@@ -298,7 +295,6 @@ def plot_shift(reading: pd.DataFrame, shares: pd.DataFrame, scores: pd.DataFrame
     c.set(title='balanced accuracy on the test set', yticks=range(len(scores)),
           yticklabels=scores.method)
     c.invert_yaxis()
-    titled_rows(bottom, pictures)
     return fig
 
 def figure34(bench: Bench, attribute: str = 'Smiling', times=(0, 200, 400, 600),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'PROVENANCE', 'DOMAINS', 'PAPER_NUMBERS', 'GROUPS', 'make_record', 'validate_record', 'save_figure',
-           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'height_of_rows', 'captioned',
-           'plot_pairs', 'plot_histories', 'span', 'results_table', 'plot_targets', 'plot_methods', 'plot_sweeps',
-           'plot_gallery', 'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts', 'plot_guides']
+           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'height_of_rows',
+           'panels_over_rows', 'captioned', 'plot_pairs', 'plot_histories', 'span', 'results_table', 'plot_targets',
+           'plot_methods', 'plot_sweeps', 'plot_gallery', 'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts',
+           'plot_guides']
 
 # %% ../../nbs/15e_figures.ipynb #32d9e46d
 import io
@@ -130,6 +131,15 @@ def height_of_rows(pictures:dict, # as above
                    width:float=12) -> float: # of the figure -> inches
     "Height at which the rows of `titled_rows` fill the width."
     return (width / max(map(len, pictures.values())) + .25) * len(pictures)
+
+def panels_over_rows(pictures:dict, # as above
+                     height:float) -> tuple: # of the panels, in inches -> (figure, subfigure for panels)
+    "A figure with `titled_rows` below and room for panels above."
+    below = height_of_rows(pictures)
+    fig = plt.figure(figsize=(12, height + below), layout='constrained')
+    top, bottom = fig.subfigures(2, 1, height_ratios=(height, below))
+    titled_rows(bottom, pictures)
+    return fig, top
 
 def captioned(fig:plt.Figure, caption:str, title:str='', fontsize:float=7) -> plt.Figure:
     "The figure with small print below; closed, so that a notebook shows it once."
