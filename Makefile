@@ -105,7 +105,7 @@ assets: $(STAMP) ## remake what ships: CELEBA=folder FS2K=folder TEACHER=file, i
 	$(BIN)/python -m diffclip_da.models.train --celeba "$(CELEBA)" --out $(OUT)/train_unet --v --calm
 	$(BIN)/python -m diffclip_da.workshop.train_clip --celeba "$(CELEBA)" --fs2k "$(FS2K)" --out $(OUT)/clip --work $(OUT)/train_clip
 	$(BIN)/python -m diffclip_da.workshop.train_embedder --celeba "$(CELEBA)" --teacher "$(TEACHER)" --out $(OUT)/embedder
-	$(BIN)/python -m diffclip_da.workshop.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --gaussian 150 --draw 3 --n-samples 200 --steps 50 --out $(OUT)
+	$(BIN)/python -m diffclip_da.workshop.assets --celeba "$(CELEBA)" --unet $(OUT)/train_unet/model --images-seen 80000 --out $(OUT) $(ARGS)
 
 wheel: $(STAMP) ## build dist/*.whl
 	$(BIN)/python -m build --wheel

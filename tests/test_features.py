@@ -128,3 +128,28 @@ def test_the_tower_keeps_its_statistics_and_leaves_the_guide_alone():
         if 'running' in k: assert torch.equal(v, weights[f'model.visual.{k}'])
     assert not all(torch.equal(v, weights[f'model.visual.{k}']) for k, v in net.tower.state_dict().items())
     assert [g['lr'] for g in net.groups(1e-3)] == [1e-4, 1e-3] and isinstance(new_classifier('tower', 32, clip=clip), TowerCNN)
+
+
+def test_consistency_is_the_penalty_that_the_equation_says():
+    from scipy.optimize import minimize
+    (z, y), C, mu = gaussians(80, .5, 0, gap=1.), .7, .4
+    sets = [(z, y), (z + np.random.default_rng(1).normal(size=z.shape), y)]
+    own = [scale_of(v, one_hot(y, 2))(v) for v, _ in sets]
+    both, twice, gaps = np.concatenate(own), np.r_[y, y] * 2 - 1, own[1] - own[0]
+    def objective(p):
+        w, b = p[:-1], p[-1]
+        return w @ w / 2 + C * np.logaddexp(0, -twice * (both @ w + b)).sum() + C * mu / 2 * ((gaps @ w)**2).sum()
+    best = minimize(objective, np.zeros(7), tol=1e-10).x
+    probe = fit_regression(sets, strength=C, consistency=mu)
+    assert np.allclose(np.r_[probe.weight[1], probe.bias[1]], best, atol=2e-3)
+    plain = fit_regression(sets, strength=C)
+    def gap(p): return np.abs(p.logits(*[sets[0][0]], Scale(*vars(scale_of(z, one_hot(y, 2))).values())) - p.logits(sets[1][0])).mean()
+    assert gap(probe) < gap(plain) and gap(fit_regression(sets, strength=C, consistency=1e6)) < 1e-2
+
+
+@pytest.mark.parametrize('k', [2, 3])
+def test_without_consistency_nothing_changes_and_pairs_must_match(k):
+    z, y = gaussians(90, 1 - 1 / k, 0, k=k)
+    same = fit_regression([(z, y), (z, y)], k, consistency=5.)   # no gaps: no penalty
+    assert np.allclose(same.weight, fit_regression([(z, y), (z, y)], k).weight, atol=1e-3)
+    with pytest.raises(UserError, match='same pictures'): fit_regression([(z, y), (z, y[::-1])], k, consistency=1.)

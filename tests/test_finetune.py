@@ -110,6 +110,8 @@ def test_colours_are_free_where_the_words_do_not_ask_for_greys():
     assert [weight(w) for w in ('sketch', 'a charcoal drawing', 'a woodcut')] == [Recipe().colour_weight] * 3
     assert [weight(w) for w in ('an oil painting', 'a watercolour', 'a cartoon', 'neon')] == [0.] * 4
     assert weight('an oil painting', None) == Recipe().colour_weight   # nothing to ask with
+    def hue(target, photos=photos): return FinetuneLoss(guide, None, 'photo', target, Recipe(id_weight=0.), photos).recipe.augment_hue
+    assert [hue(w) for w in ('sketch', 'a woodcut', 'an oil painting', 'a cartoon')] == [0, 0, 1, 1] and hue('an oil painting', None) == 0
 
 
 def test_full_and_checkpointed_gradients_agree(x0, clip):

@@ -199,3 +199,21 @@ def test_a_picture_is_judged_as_it_is_saved(clip, pair):
     y = torch.tensor([-2., -2., .5, 2., 2.], requires_grad=True)
     (ClampInward.apply(y) * torch.tensor([1., -1., 1., 1., -1.])).sum().backward()
     assert y.grad.tolist() == [0., -1., 1., 1., 0.]                                    # outside, only what leads back
+
+
+def test_hues_turn_alike_for_both_and_greys_stay():
+    x = torch.rand(2, 3, 8, 8, generator=new_generator(0)) * 2 - 1
+    how = dict(n_crops=3, scale=1., shift=0., noise=0.)
+    a, b = augment(x, x, generator=new_generator(1), hue=1., **how)
+    assert torch.equal(a, b) and not torch.allclose(a, x.repeat(3, 1, 1, 1))
+    # a rotation about the axis of the greys: brightness and the distance from grey stay
+    def parts(v): return v.mean(1), (v - v.mean(1, keepdim=True)).norm(dim=1)
+    for got, want in zip(parts(a), parts(x.repeat(3, 1, 1, 1))): assert torch.allclose(got, want, atol=1e-5)
+    red = torch.zeros(64, 3, 4, 4); red[:, 0] = 1
+    angles = augment(red, red, 1, new_generator(2), 1., 0., 0., hue=1.)[0][:, :, 0, 0]
+    hue = torch.atan2(3**.5 * (angles[:, 1] - angles[:, 2]), 2 * angles[:, 0] - angles[:, 1] - angles[:, 2])
+    assert hue.min() < -2.5 and hue.max() > 2.5   # the whole circle, in radians
+    near = augment(red, red, 1, new_generator(2), 1., 0., 0., hue=.1)[0][:, :, 0, 0]
+    assert ((near - torch.tensor([1., 0, 0])).norm(dim=1) < .3).all()
+    assert torch.equal(*(augment(x, x, generator=new_generator(1), **how | k)[0] for k in ({}, dict(hue=0.))))
+    with pytest.raises(UserError, match='hue = 2'): augment(x, x, 1, new_generator(0), hue=2)

@@ -48,6 +48,7 @@ class Recipe:
     augment_noise: float = .1   # standard deviation of the noise added to them
     augment_scale: float = .35  # smallest crop's side, as part of the image's
     augment_blur: float = .03   # strongest blur's standard deviation, as part of the image's side
+    augment_hue: float = 1.     # largest turn of their hues, 1 for any, where the words do not ask for greys
     grad: str = 'full'          # full, checkpoint (same gradient, less memory) or step (another gradient)
     seed: int = 0               # of the choice of images, their order and the augmentation
 
@@ -75,6 +76,7 @@ class Recipe:
              f'lr = {self.lr}, lr_growth = {self.lr_growth}: both must be above 0, and lr at most 1')
         need(0 <= self.seed < 2**63, f'seed = {self.seed}: must lie between 0 and 2^63 - 1')
         need(self.n_crops >= 0, f'n_crops = {self.n_crops}: must be 0 or more')
+        need(0 <= self.augment_hue <= 1, f'augment_hue = {self.augment_hue}: must lie between 0 and 1')
         for name in ('augment_noise', 'augment_blur'):
             v = getattr(self, name)
             need(0 <= v < math.inf, f'{name} = {v}: must be 0 or more')
@@ -90,7 +92,7 @@ class Recipe:
 GRADS = 'full', 'checkpoint', 'step'
 
 CAREFUL = Recipe(n_images=50, passes=6, lr=6e-5, l1_weight=.3, id_weight=0., grid_weight=3., colour_weight=0.,
-                 n_crops=2, augment_scale=.8, augment_blur=0.)
+                 n_crops=2, augment_scale=.8, augment_blur=0., augment_hue=0.)
 
 def recipe_for(provenance: str | None) -> Recipe: # of the U-Net, as its `info` has it
     "The recipe that suits a network: the shipped one's own, and a careful one for any other."
@@ -211,23 +213,24 @@ class Economy:
 class FinetuneLoss:
     """`loss(x_gen, x_ref, generator) -> dict`: `total` and each unweighted term, if its weight is not 0.
 
-    The colour term counts only where the words ask for greys, as `greying` finds with some photos."""
+    The colour term counts only where the words ask for greys, as `greying` finds with some photos; elsewhere
+    the views' hues are turned."""
     def __init__(self, guide, embedder, source: str, target: str, recipe: Recipe,
-                 photos=None): # [n, 3, h, w] in [-1, 1]; None: the colour term counts for all words
+                 photos=None): # [n, 3, h, w] in [-1, 1]; None: all words are taken to ask for greys
         for name, model, what in (('clip_weight', guide, 'CLIP'), ('id_weight', embedder, 'face embedder')):
             if getattr(recipe, name) and model is None:
                 raise UserError(f'{name} = {getattr(recipe, name)} needs a {what}; give one or set {name}=0')
         self.guide, self.embedder, self.recipe = guide, embedder, recipe
         self.delta_t = text_direction(guide, source, target) if recipe.clip_weight else None
-        if photos is not None and recipe.clip_weight and recipe.colour_weight:
-            if greying(guide, photos, self.delta_t) < GREY: self.recipe = replace(recipe, colour_weight=0.)
+        grey = photos is None or not recipe.clip_weight or greying(guide, photos, self.delta_t) >= GREY
+        self.recipe = replace(recipe, **(dict(augment_hue=0.) if grey else dict(colour_weight=0.)))
 
     def __call__(self, x_gen, x_ref, generator) -> dict: # [b, 3, h, w] in [-1, 1], twice
         r = self.recipe
         total, terms = diffusionclip_loss(
             x_gen, x_ref, self.guide, self.embedder, self.delta_t,
             r.clip_weight, r.l1_weight, r.id_weight, r.grid_weight, r.colour_weight,
-            r.n_crops, r.augment_noise, generator, r.augment_scale, r.augment_blur)
+            r.n_crops, r.augment_noise, generator, r.augment_scale, r.augment_blur, r.augment_hue)
         return {**terms, 'total': total}
 
 # %% ../../nbs/12_finetune.ipynb #1a16904f

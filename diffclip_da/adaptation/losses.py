@@ -4,9 +4,11 @@
 
 # %% auto #0
 __all__ = ['GREY', 'cosine_loss', 'global_loss', 'text_direction', 'directional_loss', 'check_pair', 'view_params', 'augment',
-           'soften', 'l1_loss', 'grid_loss', 'colour_loss', 'greying', 'ClampInward', 'diffusionclip_loss']
+           'turns', 'soften', 'l1_loss', 'grid_loss', 'colour_loss', 'greying', 'ClampInward', 'diffusionclip_loss']
 
 # %% ../../nbs/10_losses.ipynb #9b54b34a
+import math
+
 import torch
 from torch.nn import functional as F
 from torchvision.transforms.v2.functional import gaussian_blur, rgb_to_grayscale
@@ -96,13 +98,14 @@ def augment(x_gen, x_ref, # [b, 3, h, w] in [-1, 1], twice
             scale=.8, shift=.05, # see `view_params`
             noise=.05,    # standard deviation of Gaussian noise, in units of the [-1, 1] range
             blur=0.,      # strongest Gaussian blur's standard deviation, as part of the side; drawn for each view
+            hue=0.,       # largest turn of the hues, as part of half a turn: 1 for any hue
            ):             # [n_crops * b, 3, h, w] twice, view by view
-    "The same random crop, shift, blur and noise for both pictures of a pair; mirrored beyond the border."
+    "The same random crop, shift, blur, hue and noise for both pictures of a pair; mirrored beyond the border."
     check_pair(x_gen, x_ref)
     if n_crops == 0: return x_gen, x_ref
-    if n_crops < 0 or not 0 < scale <= 1 or shift < 0 or noise < 0 or not 0 <= blur <= .15:
-        raise UserError(f'n_crops = {n_crops}, scale = {scale}, shift = {shift}, noise = {noise}, blur = {blur}; '
-                        'needed: n_crops >= 0, 0 < scale <= 1, shift >= 0, noise >= 0, 0 <= blur <= 0.15')
+    if n_crops < 0 or not 0 < scale <= 1 or shift < 0 or noise < 0 or not 0 <= blur <= .15 or not 0 <= hue <= 1:
+        raise UserError(f'n_crops = {n_crops}, scale = {scale}, shift = {shift}, noise = {noise}, blur = {blur}, hue = {hue}; '
+                        'needed: n_crops >= 0, 0 < scale <= 1, shift >= 0, noise >= 0, 0 <= blur <= 0.15, 0 <= hue <= 1')
     both = torch.stack([x_gen, x_ref]).repeat(1, n_crops, 1, 1, 1)  # [2, n, 3, h, w]
     theta = view_params(both.shape[1], generator, scale, shift).to(both)
     grid = F.affine_grid(theta, list(both.shape[1:]), align_corners=False)
@@ -110,7 +113,18 @@ def augment(x_gen, x_ref, # [b, 3, h, w] in [-1, 1], twice
     sigma = torch.zeros(n_crops)
     if blur: sigma = blur * both.shape[-1] * torch.rand(n_crops, generator=generator, device=generator.device)
     views = (F.grid_sample(x, grid, 'bilinear', 'reflection', align_corners=False).chunk(n_crops) for x in both)
-    return tuple(torch.cat([soften(v, s) for v, s in zip(x, sigma.tolist())]) + eps for x in views)
+    turn = turns(len(eps), hue, generator).to(both) if hue else None
+    def finish(x):
+        x = torch.cat([soften(v, s) for v, s in zip(x, sigma.tolist())]) + eps
+        return x if turn is None else torch.einsum('nij,njhw->nihw', turn, x)
+    return tuple(map(finish, views))
+
+def turns(n, hue, generator): # -> [n, 3, 3]
+    "Random rotations of the colours about the axis of the greys, by up to `hue` half turns (Rodrigues' formula)."
+    angle = math.pi * hue * (2 * torch.rand(n, generator=generator, device=generator.device) - 1)
+    axis = torch.tensor([[0., -1, 1], [1, 0, -1], [-1, 1, 0]], device=angle.device) / 3**.5
+    c, s = angle.cos()[:, None, None], angle.sin()[:, None, None]
+    return c * torch.eye(3, device=angle.device) + (1 - c) / 3 + s * axis
 
 def soften(x, sigma): # [b, 3, h, w]; pixels
     "Gaussian blur; below a fifth of a pixel the picture itself."
@@ -171,7 +185,7 @@ class ClampInward(torch.autograd.Function):
 def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
                        clip, embedder, delta_t,  # guide; face embedder or None; `text_direction(clip, ...)`
                        clip_weight=3., l1_weight=.3, id_weight=0., grid_weight=0., colour_weight=0.,
-                       n_crops=4, noise=.05, generator=None, scale=.8, blur=0., # see `augment`
+                       n_crops=4, noise=.05, generator=None, scale=.8, blur=0., hue=0., # see `augment`
                       ):              # scalar, dict of detached scalars: total and each term without its weight
     "DiffusionCLIP's objective (arXiv 2110.02711) with the weights that the paper at hand leaves out."
     check_pair(x_gen, x_ref)
@@ -181,7 +195,7 @@ def diffusionclip_loss(x_gen, x_ref,  # [b, 3, h, w] in [-1, 1], twice
         raise UserError(f'id_weight = {id_weight} needs a face embedder; give one, or id_weight=0')
     terms, x_gen = {}, ClampInward.apply(x_gen)
     if clip_weight:
-        views = augment(x_gen, x_ref, n_crops, generator, scale, noise=noise, blur=blur)
+        views = augment(x_gen, x_ref, n_crops, generator, scale, noise=noise, blur=blur, hue=hue)
         terms['clip'] = directional_loss(clip, *views, delta_t)
     if l1_weight: terms['l1'] = l1_loss(x_gen, x_ref)
     if id_weight:

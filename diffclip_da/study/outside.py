@@ -95,7 +95,8 @@ def figure23(ev:Evaluation, prompt:str='charcoal drawing', # another target's wo
     return finish_figure(ev, 'figure23', plot_targets(rows, means), numbers, summary, rows)
 
 # %% ../../nbs/15f_outside.ipynb #d8721895
-def figure24(ev:Evaluation, methods=tuple(METHODS)) -> tuple: # (fig, record, table)
+def figure24(ev:Evaluation, methods=tuple(METHODS), also:dict|None=None # further entries of the summary
+            ) -> tuple: # (fig, record, table)
     "Figure 24: every method of `baselines`, balanced accuracy on each test set."
     summary, tests = compare_methods(ev, methods), list(ev.tests)
     def row(m, k, c):
@@ -109,7 +110,7 @@ def figure24(ev:Evaluation, methods=tuple(METHODS)) -> tuple: # (fig, record, ta
     numbers = dict(share_of_gap_closed=gap, documentation={m: METHODS[m].doc for m in methods})
     chance = 1 / len(ev.exp.splits['train'].classes)
     fig = plot_methods(rows[rows.measure == 'balanced_accuracy'], tests, chance, QUESTIONS)
-    return finish_figure(ev, 'figure24', fig, numbers, summary, rows)
+    return finish_figure(ev, 'figure24', fig, numbers, summary | (also or {}), rows)
 
 # %% ../../nbs/15f_outside.ipynb #e464f174
 def lean(ev:Evaluation, n_train:int=300, n_test:int=100, n_seeds:int=3, n_images:int=100, views:int=400,
