@@ -104,8 +104,9 @@ def augment(x_gen, x_ref, # [b, 3, h, w] in [-1, 1], twice
     check_pair(x_gen, x_ref)
     if n_crops == 0: return x_gen, x_ref
     if n_crops < 0 or not 0 < scale <= 1 or shift < 0 or noise < 0 or not 0 <= blur <= .15 or not 0 <= hue <= 1:
-        raise UserError(f'n_crops = {n_crops}, scale = {scale}, shift = {shift}, noise = {noise}, blur = {blur}, hue = {hue}; '
-                        'needed: n_crops >= 0, 0 < scale <= 1, shift >= 0, noise >= 0, 0 <= blur <= 0.15, 0 <= hue <= 1')
+        raise UserError(f'n_crops = {n_crops}, scale = {scale}, shift = {shift}, noise = {noise}, blur = {blur}, '
+                        f'hue = {hue}; needed: n_crops >= 0, 0 < scale <= 1, shift >= 0, noise >= 0, '
+                        '0 <= blur <= 0.15, 0 <= hue <= 1')
     both = torch.stack([x_gen, x_ref]).repeat(1, n_crops, 1, 1, 1)  # [2, n, 3, h, w]
     theta = view_params(both.shape[1], generator, scale, shift).to(both)
     grid = F.affine_grid(theta, list(both.shape[1:]), align_corners=False)
