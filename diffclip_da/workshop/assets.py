@@ -172,7 +172,7 @@ def write_faces(folder, images, labels, # uint8 [n, 3, h, w], [n]
     with atomic_write(folder / 'faces.zip') as f, zipfile.ZipFile(f, 'w', zipfile.ZIP_STORED) as z:
         for id, im in zip(ids, images):
             buffer = io.BytesIO()
-            to_pil(from_uint8(im)).save(buffer, 'JPEG', quality=95, subsampling=0)
+            to_pil(from_uint8(im)).save(buffer, 'JPEG', quality=90, subsampling=0)
             z.writestr(zipfile.ZipInfo(id, (2020, 1, 1, 0, 0, 0)), buffer.getvalue())
     table = pd.DataFrame(dict(id=ids, label=labels.tolist(),
                               split=np.repeat(list(splits), list(splits.values()))))
