@@ -133,4 +133,5 @@ def figure26(ev: Evaluation, prompts: str = '', # separated by semicolons; '': `
     if r: sheet.summary['correlation'] = r
     photos = base.exp.tensors('test', 'original')[0][:n_people]
     fig = plot_gallery(photos, columns, sheet.table, plain['mean'], ev.name)
-    return finish_figure(ev, 'figure26', fig, dict(judge=who, taken_for=taken), sheet.summary, sheet.table, base)
+    return finish_figure(ev, 'figure26', fig, dict(judge=who, taken_for=taken), sheet.summary, sheet.table, base,
+                         dpi=108)   # many photos: a smaller file

@@ -39,6 +39,7 @@ WHERE = dict(fs2k='FS2K, hand-drawn sketches', pencil='a pencil filter (stand-in
 
 def finish_figure(ev:Evaluation, figure:str, fig:plt.Figure, numbers:dict, summary:dict, table:pd.DataFrame,
                   run:Evaluation|None=None, # the leaner one that was run, if so; the record is about it
+                  **how, # see `save_figure`
                  ) -> tuple: # (fig, record, table)
     "Save figure, record and table."
     exp, n = (run or ev).exp, len(ev.target['test'])
@@ -48,7 +49,7 @@ def finish_figure(ev:Evaluation, figure:str, fig:plt.Figure, numbers:dict, summa
     record['data']['target'] = dict(name=ev.name, **describe_sets(ev.target))
     where = WHERE.get(ev.name, ev.name)
     captioned(fig, caption(exp, f'target {where}, {n} test pictures; {len(exp.profile.seeds)} seeds'))
-    save_figure(fig, record, table, exp.figures)
+    save_figure(fig, record, table, exp.figures, **how)
     with atomic_write(exp.figures/exp.profile.name/'manifest.csv', 'w') as f:
         manifest_of(ev).to_csv(f, index=False, lineterminator='\n')
     return fig, record, table
