@@ -234,7 +234,8 @@ def figure35(ev: Evaluation, other: str = '', # folder of a second guide, which 
         blind = variant(ev, clip=other)
         theirs = blind.part('clip')
         main = {ev.name: domains_of(blind, theirs)[ev.name]}
-        second, _ = unlabelled_curve(blind, theirs, main, 'second_guide', draws=draws)
+        one = [n for n in SETS if 'varied' not in SETS[n]]   # several adaptations are several fine-tunings
+        second, _ = unlabelled_curve(blind, theirs, main, 'second_guide', draws=draws, names=one)
         summary |= second
     rows = pd.DataFrame([(k, s['mean'], *(s['ci95'] or (None, None))) for k, s in summary.items()],
                         columns=['key', 'mean', 'low', 'high'])
