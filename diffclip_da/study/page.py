@@ -192,7 +192,7 @@ CHAPTERS = dict(
         pattern=r'(?P<row>[^/]+)/(?:%T%/)?(?P<column>look|identity|gender|balanced_accuracy)',
         legend='Pictures adapted by these words: the share whose look a judge names as asked, the cosine with the '
                'photo of an identity network, the share whose gender reads as before; and the balanced accuracy on '
-               'the target of a classifier trained on them. A record from before the gallery has the last alone.'),
+               'the target of a classifier trained on them.'),
     figure27=Chapter(
         'What adaptation keeps and loses',
         asked='How many people change their gender or their face on the way?',

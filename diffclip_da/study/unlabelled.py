@@ -68,10 +68,10 @@ def seen_by_guide(ev: Evaluation, clip, s: tuple) -> tuple: # (pictures, labels)
     "A labelled set in the guide's space."
     return features_of(ev, clip, s[0]), np.asarray(s[1]).astype(int)
 
-def domains_of(ev: Evaluation, clip) -> dict: # name -> Domain
-    "All targets in the guide's space."
+def domains_of(ev: Evaluation, clip, targets: dict | None = None) -> dict: # None: `targets_of` -> name: Domain
+    "Targets in the guide's space."
     def domain(t): return Domain(*(seen_by_guide(ev, clip, ev.tensors_of(t[s])) for s in ('train', 'test')))
-    return {name: domain(t) for name, t in targets_of(ev).items()}
+    return {name: domain(t) for name, t in (targets or targets_of(ev)).items()}
 
 # %% ../../nbs/15g_unlabelled.ipynb #349256e1
 def some(z, m: int | None, draw: int) -> np.ndarray: # features of all unlabelled pictures -> of m of them
@@ -233,7 +233,7 @@ def figure35(ev: Evaluation, other: str = '', # folder of a second guide, which 
     if other:
         blind = variant(ev, clip=other)
         theirs = blind.part('clip')
-        main = {ev.name: domains_of(blind, theirs)[ev.name]}
+        main = domains_of(blind, theirs, {ev.name: ev.target})
         one = [n for n in SETS if 'varied' not in SETS[n]]   # several adaptations are several fine-tunings
         second, _ = unlabelled_curve(blind, theirs, main, 'second_guide', draws=draws, names=one)
         summary |= second

