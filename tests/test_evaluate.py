@@ -115,6 +115,13 @@ def test_deterministic_methods_are_asked_once(toy):
     with pytest.raises(UserError, match='source_only is what the others are compared with'): compare_methods(toy, ('adapted',))
 
 
+def test_named_comparisons_get_all_seeds_and_the_others_a_few(toy):
+    s = compare_methods(toy, ('source_only', 'oracle', 'grayscale'), few=1)
+    n = {m: s[f'{m}/pencil/balanced_accuracy']['n_seeds'] for m in ('source_only', 'oracle', 'grayscale')}
+    assert n == dict(source_only=2, oracle=2, grayscale=1)
+    assert compare_methods(toy, ('source_only', 'grayscale'))['grayscale/pencil/balanced_accuracy']['n_seeds'] == 2
+
+
 def test_summary_is_scikit_learns(toy):
     s, (_, y) = compare_methods(toy, ('source_only', 'adapted')), toy.tests['pencil']
     want = [balanced_accuracy_score(y, np.array(toy.answer('adapted', k)['p']['pencil']).argmax(1)) for k in (0, 1)]

@@ -225,8 +225,6 @@ ROWS = dict(
 
     source_only_long=long_row('source', doc='photos'),
     adapted_long=long_row('adapted', doc='photos adapted by words'),
-    adapted_varied_long=long_row(
-        'adapted', 'varied', doc='photos adapted by several wordings and fine-tunings together'),
     pencil_long=long_row('drawn', doc='pencil filter'),
     source_and_adapted_long=long_row('source', 'adapted', doc='photos and adapted photos together'),
     oracle_long=long_row('oracle', doc='labelled pictures of the target domain'))
@@ -426,8 +424,7 @@ QUESTIONS = {   # groups of at most ten rows of Figure 24, each of them in one g
         'source_only', 'adapted', 'source_and_adapted', 'control_reconstruction', 'pencil_filter',
         'adapted_and_pencil', 'oracle'),
     'The same with four times the updates, every picture moved and recoloured:': (
-        'source_only_long', 'adapted_long', 'source_and_adapted_long', 'adapted_varied_long', 'pencil_long',
-        'oracle_long'),
+        'source_only_long', 'adapted_long', 'source_and_adapted_long', 'pencil_long', 'oracle_long'),
     'What do augmentation, reframing and several adaptations of a photo add?': (
         'strong_augmentation', 'adapted_augmented', 'source_and_adapted_augmented', 'adapted_varied',
         'pencil_augmented', 'source_and_pencil_augmented', 'source_only_reframed', 'adapted_reframed',

@@ -25,7 +25,7 @@ from ..models.loop import fast_dtype
 from ..settings import override, setting
 from ..store import atomic_write, canonical_hash, code_hash, fingerprint, read_json, tensor_hash, write_json
 from ..styles import render
-from .baselines import METHODS, Method, Task, same_budget
+from .baselines import METHODS, QUESTIONS, Method, Task, same_budget
 from .classify import score
 from .experiment import Experiment
 from .profile import PROFILES, SPLITS, get_profile, load_whole
@@ -261,13 +261,16 @@ def manifest_of(ev:Evaluation) -> pd.DataFrame: # columns role, set, split, id, 
     return rows
 
 # %% ../../nbs/15c_evaluate.ipynb #4241a7c0
-def compare_methods(ev:Evaluation, methods=tuple(METHODS), reference:str='source_only') -> dict: # summary
+def compare_methods(ev:Evaluation, methods=tuple(METHODS), reference:str='source_only',
+                    few:int|None=None # seeds of methods that `QUESTIONS` does not ask about first; None: all
+                   ) -> dict: # summary
     """`<method>/<test>/<measure>` over seeds, and over test images the differences
     `<method>_minus_<reference>/<test>/balanced_accuracy`, to the reference by the method's own budget too."""
     if reference not in methods:
         raise UserError(f'{reference} is what the others are compared with; leave it among the methods')
-    seeds, summary = ev.exp.profile.seeds, {}
-    p = {m: [ev.answer(m, s)['p'] for s in (seeds if METHODS[m].seeded else seeds[:1])] for m in methods}
+    seeds, summary, named = ev.exp.profile.seeds, {}, next(iter(QUESTIONS.values()))
+    def seeds_for(m): return seeds[:1] if not METHODS[m].seeded else seeds if m in named else seeds[:few]
+    p = {m: [ev.answer(m, s)['p'] for s in seeds_for(m)] for m in methods}
     for m in methods:
         others = {reference, same_budget(m, reference)} & set(methods) - {m}
         for k, (_, y) in ev.tests.items():

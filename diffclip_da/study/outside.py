@@ -96,10 +96,11 @@ def figure23(ev:Evaluation, prompt:str='charcoal drawing', # another target's wo
     return finish_figure(ev, 'figure23', plot_targets(rows, means), numbers, summary, rows)
 
 # %% ../../nbs/15f_outside.ipynb #d8721895
-def figure24(ev:Evaluation, methods=tuple(METHODS), also:dict|None=None # further entries of the summary
+def figure24(ev:Evaluation, methods=tuple(METHODS), also:dict|None=None, # further entries of the summary
+             few:int=3 # seeds of the methods beside the first question's
             ) -> tuple: # (fig, record, table)
     "Figure 24: every method of `baselines`, balanced accuracy on each test set."
-    summary, tests = compare_methods(ev, methods), list(ev.tests)
+    summary, tests = compare_methods(ev, methods, few=few), list(ev.tests)
     def row(m, k, c):
         s = summary[f'{m}/{k}/{c}']
         low, high = s['ci95'] or (None, None)
