@@ -8,7 +8,7 @@ import torch
 from diffclip_da.core import UserError
 from diffclip_da.models.clip import tiny_clip
 from diffclip_da.study.classify import Training, new_classifier, train_classifier
-from diffclip_da.study.features import (STRENGTHS, FeatureClassifier, Probe, Scale, TimmFeatures, TowerCNN, choose_strength, feature_network,
+from diffclip_da.study.features import (STRENGTHS, FeatureClassifier, Probe, Scale, TimmFeatures, TowerCNN, choose_strength, feature_network, mean_features, views_of,
                                         fit_regression, one_hot, reverse_score, scale_by_words, scale_of, target_scale)
 
 
@@ -92,6 +92,19 @@ def test_a_feature_classifier_goes_to_another_domain_and_stays_as_it_was():
     assert (moved(.5 * x).argmax(1) == y).float().mean() > .9
     with pytest.raises(UserError, match='seen no pictures'): FeatureClassifier(clip=tiny_clip())(x)
     with pytest.raises(UserError, match='before it goes'): FeatureClassifier(clip=tiny_clip()).to_domain(x)
+
+
+def test_six_views_and_their_mean():
+    x = torch.linspace(-1, 1, 64).expand(2, 3, 64, 64).clone()
+    views = views_of(x)
+    assert len(views) == 6 and all(v.shape == x.shape for v in views) and torch.equal(views[0], x)
+    assert all(torch.equal(a.flip(-1), b) for a, b in zip(views[:3], views[3:]))
+    # the crop that moved to the left shows what is further left: columns 2 to 57 instead of 6 to 61
+    assert views[1][0, 0, 0].mean().item() == pytest.approx(x[0, 0, 0, 2:58].mean().item(), abs=1e-4)
+    assert views[2][0, 0, 0].mean().item() == pytest.approx(x[0, 0, 0, 6:62].mean().item(), abs=1e-4)
+    z = mean_features(lambda b: b.flatten(1), x, size=1)
+    assert torch.allclose(z, torch.stack(views).mean(0).flatten(1), atol=1e-6)
+    assert torch.allclose(z.view(x.shape), z.view(x.shape).flip(-1), atol=1e-6)   # a picture and its mirror image are one
 
 
 def test_domains_reach_the_classifier():

@@ -62,6 +62,7 @@ def test_the_same_figure_gives_the_same_bytes(tmp_path):
 
 def test_bands_are_students():
     assert band([.5]) is None and whisker([.5]) == (.5, .5)
+    assert whisker([.6, 1.]) == pytest.approx((0, 1)) and min(band([.6, 1.])) < 0 and max(band([.6, 1.])) > 1
     assert band([.85, .87, .89]) == pytest.approx([.87 - 4.3027 * .02 / 3**.5, .87 + 4.3027 * .02 / 3**.5], abs=1e-5)
     assert span(entry()) == '0.400 to 0.600' and span(dict(ci95=None)) == ''
 

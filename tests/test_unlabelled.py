@@ -8,7 +8,7 @@ from diffclip_da.study.evaluate import Evaluation, manifest_of
 from diffclip_da.study.experiment import Experiment
 from diffclip_da.study.profile import get_profile
 from diffclip_da.study.unlabelled import (SETS, UNLABELLED, answers_of, called, difference, domains_of, entries, features_of, fit_regression,
-                                          shift_of_shares, skewed, some, training_sets, unlabelled_curve)
+                                          reader, shift_of_shares, skewed, some, training_sets, unlabelled_curve)
 
 
 @pytest.fixture(scope='module')
@@ -68,6 +68,13 @@ def test_differences_are_paired_whatever_the_number_of_draws(toy):
     s = difference(y, sure, flat)
     assert s['mean'] == pytest.approx(.5) and s['n_seeds'] == 3 and s['ci95'] == pytest.approx([.5, .5])
     assert entries(y, sure)['auroc']['mean'] == 1 and entries(y, flat)['balanced_accuracy']['mean'] == .5
+
+
+def test_a_reader_of_other_recipes_gives_the_curves_entry(toy):
+    ev, clip, d = toy
+    s, _ = unlabelled_curve(ev, clip, {ev.name: d}, ms=(4,), draws=2, names=('photos', 'adapted'))
+    found = reader(ev, clip, 4, draws=2)(ev, ('photos', 'adapted'))
+    assert found == {n: s[f'guide/{n}/m=4/pencil/balanced_accuracy'] for n in ('photos', 'adapted')}
 
 
 def test_features_are_cached_by_pictures_and_guide(toy, monkeypatch):

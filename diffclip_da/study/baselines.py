@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'STRONG', 'LONGER', 'ROWS', 'QUESTIONS', 'Task', 'Method', 'method', 'cnn', 'together', 'majority',
-           'to_grey', 'sobel_edges', 'half', 'half_edges', 'strongly', 'standardised', 'reframed',
-           'moved_and_recoloured', 'same_budget', 'Row', 'entered', 'long_row', 'adain', 'style_transfer', 'NormCNN',
-           'batch_norms', 'adapt_norms', 'entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent',
-           'coral_loss', 'ReverseGradient', 'train_aligned', 'coral', 'dann', 'clip_features', 'probe',
-           'clip_zero_shot', 'clip_linear_probe', 'adapted_linear_probe', 'latent_augmentation', 'move_features']
+           'to_grey', 'sobel_edges', 'half', 'half_edges', 'strongly', 'reframed', 'moved_and_recoloured',
+           'same_budget', 'Row', 'entered', 'long_row', 'adain', 'style_transfer', 'NormCNN', 'batch_norms',
+           'adapt_norms', 'entropy', 'tent_steps', 'norm_net', 'batch_norm', 'adabn', 'tent', 'coral_loss',
+           'ReverseGradient', 'train_aligned', 'coral', 'dann', 'clip_features', 'probe', 'clip_zero_shot',
+           'clip_linear_probe', 'adapted_linear_probe', 'latent_augmentation', 'move_features']
 
 # %% ../../nbs/15b_baselines.ipynb #303e6aff
 import copy
@@ -130,11 +130,6 @@ def strongly(x, generator=None):
     return torch.stack([STRONG(u) for u in (x + 1) / 2]) * 2 - 1
 
 # %% ../../nbs/15b_baselines.ipynb #091b5f67
-def standardised(x): # [b, 3, h, w] -> same shape
-    "Each picture with mean 0 and standard deviation 1/2."
-    m, s = (f(x, (1, 2, 3), keepdim=True) for f in (torch.mean, torch.std))
-    return (x - m) / (2 * s + 1e-5)
-
 def reframed(x, generator=None): # [b, 3, h, w] -> same shape
     "Each picture moved a little, its edges continued; draws from the global generator, as `strongly` does."
     size = x.shape[-1]
@@ -217,11 +212,6 @@ ROWS = dict(
     adapted_varied=Row(
         ('adapted', 'varied'), 'photos adapted by several wordings and fine-tunings, '
         'together as many updates as the others, then the strong augmentation', strongly),
-
-    source_only_reframed=Row(('source',), 'photos reframed and standardised', reframed, standardised),
-    adapted_reframed=Row(
-        ('adapted',), 'photos adapted by words, reframed and standardised', reframed, standardised),
-    pencil_reframed=Row(('drawn',), 'pencil filter, reframed and standardised', reframed, standardised),
 
     source_only_long=long_row('source', doc='photos'),
     adapted_long=long_row('adapted', doc='photos adapted by words'),
@@ -425,10 +415,9 @@ QUESTIONS = {   # groups of at most ten rows of Figure 24, each of them in one g
         'adapted_and_pencil', 'oracle'),
     'The same with four times the updates, every picture moved and recoloured:': (
         'source_only_long', 'adapted_long', 'source_and_adapted_long', 'pencil_long', 'oracle_long'),
-    'What do augmentation, reframing and several adaptations of a photo add?': (
+    'What do augmentation and several adaptations of a photo add?': (
         'strong_augmentation', 'adapted_augmented', 'source_and_adapted_augmented', 'adapted_varied',
-        'pencil_augmented', 'source_and_pencil_augmented', 'source_only_reframed', 'adapted_reframed',
-        'pencil_reframed'),
+        'pencil_augmented', 'source_and_pencil_augmented'),
     'What can be had without adapting pictures at all?': (
         'majority', 'source_only_selected', 'grayscale', 'edge_augmentation', 'style_transfer', 'batch_norm',
         'adabn', 'tent', 'coral', 'dann'),

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['RECORD_KEYS', 'PROVENANCE', 'DOMAINS', 'PAPER_NUMBERS', 'GROUPS', 'make_record', 'validate_record', 'save_figure',
-           'band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'height_of_rows',
+           'band', 'share_band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'height_of_rows',
            'panels_over_rows', 'captioned', 'plot_pairs', 'plot_histories', 'span', 'results_table', 'plot_targets',
-           'plot_methods', 'plot_sweeps', 'plot_gallery', 'plot_flips', 'plot_drift', 'plot_losses', 'plot_scripts',
-           'plot_guides']
+           'plot_methods', 'plot_in_guide', 'plot_sweeps', 'plot_gallery', 'plot_flips', 'plot_drift', 'plot_losses',
+           'plot_scripts', 'plot_guides']
 
 # %% ../../nbs/15e_figures.ipynb #32d9e46d
 import io
@@ -20,7 +20,7 @@ import seaborn as sns
 
 from ..core import COLOURS, UserError, set_style
 from ..store import atomic_write, git_commit, jsonable, versions, write_json
-from .stats import t_interval
+from .stats import clipped, t_interval
 
 # %% ../../nbs/15e_figures.ipynb #55e2ad8c
 RECORD_KEYS = ('figure', 'profile', 'config', 'seeds', 'commit', 'versions', 'weights', 'data', 'numbers',
@@ -93,9 +93,13 @@ def band(values) -> tuple|None: # (low, high)
     "Student's 95 % interval, as seaborn's `errorbar` takes it; None for a single value."
     return t_interval(values)['ci95']
 
+def share_band(values) -> tuple|None: # (low, high)
+    "`band` of a share (accuracy), which ends at 0 and 1."
+    return clipped(band(values))
+
 def whisker(values) -> tuple: # (low, high)
-    "`band`, of no height where there is a single value."
-    return band(values) or (np.mean(values),) * 2
+    "`share_band`, of no height where there is a single value."
+    return share_band(values) or (np.mean(values),) * 2
 
 DOMAINS = dict(original='source', adapted='adapted', fs2k='target', pencil='target', target='target')
 
@@ -175,8 +179,8 @@ def plot_histories(history:pd.DataFrame, # columns seed, epoch, split, loss, acc
     fig, axs = plt.subplots(1, 2, figsize=(12, 5), layout='constrained')
     for ax, m in zip(axs, ('loss', 'accuracy')):
         sns.lineplot(rows, x='epoch', y=m, hue='split', style='split', hue_order=order, style_order=order,
-                     palette=colours, markers=True, dashes=False,
-                     errorbar=band if history.seed.nunique() > 1 else None, ax=ax)
+                     palette=colours, markers=True, dashes=False, ax=ax,
+                     errorbar=dict(loss=band, accuracy=share_band)[m] if history.seed.nunique() > 1 else None)
         ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_title(m)
     axs[0].set(ylabel='cross-entropy', ylim=(0, None))
@@ -229,7 +233,7 @@ def plot_targets(rows:pd.DataFrame, # columns trained_on, seed, epoch, split, ac
     set_style()
     fig = plt.figure(figsize=(12, 6.8), layout='constrained')
     top, bottom = fig.subfigures(2, 1, height_ratios=(3, 1.2))
-    order, errorbar = list(rows.split.unique()), band if rows.seed.nunique() > 1 else None
+    order, errorbar = list(rows.split.unique()), share_band if rows.seed.nunique() > 1 else None
     titles = dict(source_only='trained on original images', adapted='trained on adapted images')
     for ax, (m, title) in zip(top.subplots(1, 2, sharey=True), titles.items()):
         sns.lineplot(rows[rows.trained_on == m], x='epoch', y='accuracy', hue='split', hue_order=order,
@@ -276,17 +280,34 @@ def plot_methods(rows:pd.DataFrame, # columns method, sees (of `GROUPS`), test, 
     return fig
 
 # %% ../../nbs/15e_figures.ipynb #fc57bd14
+def plot_in_guide(ax, rows:pd.DataFrame): # of one panel: columns x, method, balanced_accuracy, low, high
+    "Lines with bands of regressions on the guide's features."
+    values = sorted(rows.x.unique())
+    for m, r in rows.groupby('method'):
+        r, c = r.sort_values('x'), COLOURS['adapted' if 'adapted' in m else 'source']
+        at = r.x.map(values.index)
+        ax.plot(at, r.balanced_accuracy, color=c, label=m.removeprefix('guide '), lw=2,
+                **(dict(marker='o') if 'adapted' in m else dict(marker='s', ls='--')))
+        ax.fill_between(at, r.low, r.high, color=c, alpha=.13, lw=0)
+    ax.set(xticks=range(len(values)), xticklabels=values)
+    ax.legend(fontsize=7, loc='lower right')
+
 def plot_sweeps(table:pd.DataFrame, # columns panel, x, method, test, balanced_accuracy: a row for each seed
                ) -> plt.Figure:
-    "One panel for each setting."
+    "One panel for each setting; below it, where rows have `low` and `high`, what a regression makes of it."
     set_style()
+    held = table[table.low.notna()] if 'low' in table else table[:0]
+    table = table.drop(index=held.index)
     table = table.assign(line=table.method.str.replace('_', ' ') + ', tested on ' + table.test)
     lines, panels = table.drop_duplicates('line').set_index('line'), table.panel.unique()
     colours, dashed = colours_of(lines.test.unique()), lines.method == 'source_only'
     palette = lines.test.map(colours).to_dict()
-    fig, axs = plt.subplots(1, len(panels), figsize=(3.1 * len(panels), 3.6), sharey=True,
-                            layout='constrained')
-    for ax, name in zip(np.atleast_1d(axs), panels):
+    n = 1 + bool(len(held))
+    fig, axs = plt.subplots(n, len(panels), figsize=(3.1 * len(panels), .4 + 3.2 * n), sharey='row',
+                            layout='constrained', squeeze=False)
+    for ax, name in zip(axs[1] if len(held) else (), panels): plot_in_guide(ax, held[held.panel == name])
+    if len(held): axs[1, 0].set_ylabel(f"{held.test.iloc[0]}: regression\non the guide's features")
+    for ax, name in zip(axs[0], panels):
         r = table[table.panel == name]
         values = sorted(r.x.unique())
         here = list(r.line.unique())

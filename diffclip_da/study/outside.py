@@ -9,6 +9,7 @@ __all__ = ['WHERE', 'SWEEPS', 'GROUP_ATTRIBUTES', 'FS2K_GROUPS', 'finish_figure'
 
 # %% ../../nbs/15f_outside.ipynb #ea1c4144
 from pathlib import Path
+from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -130,14 +131,21 @@ def with_labelled(ev:Evaluation, n:int) -> Evaluation: # n labelled photos at mo
 
 SWEEPS = {'images for fine-tuning': 'n_images', 'generation steps': 'n_gen', 'return step t0': 't0'}
 
-def figure25(ev:Evaluation, n_train=(50, 100, 300, 1200), n_images=(5, 20, 50, 200),
-             n_gen=(3, 12), t0=(300, 500)) -> tuple: # (fig, record, table)
+def figure25(ev:Evaluation, n_train=(20, 50, 100, 300, 1200), n_images=(5, 20, 50, 200),
+             n_gen=(3, 12), t0=(300, 500),
+             read:Callable|None=None # (evaluation, names of sets) -> {name: summary entry}, see `reader`
+            ) -> tuple: # (fig, record, table)
     "Figure 25: labelled photos, images for fine-tuning, steps and return step."
     p, sheet, base = ev.exp.profile, Sheet(), lean(ev).exp.profile
     def add(panel, x, e, *methods):
         for m in methods:
             for k in ('adapted', ev.name):
                 sheet.add(f'{panel}={x}/{m}/{k}', e, m, k, panel=panel, x=x, method=m, test=k)
+        for n, s in (read(e, ('photos', 'adapted')) if read else {}).items():
+            sheet.summary[f'{panel}={x}/guide {n}/{ev.name}/balanced_accuracy'] = s
+            low, high = s['ci95']
+            sheet.rows += [dict(panel=panel, x=x, method=f'guide {n}', test=ev.name, balanced_accuracy=s['mean'],
+                                low=low, high=high)]
     for n in sorted({min(n, p.n_train) for n in n_train}):
         add('labelled photos', n, with_labelled(ev, n), 'source_only', 'adapted')
     asked = dict(n_images=n_images, n_gen=n_gen, t0=t0)

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['SETS', 'CONSISTENCY', 'UNLABELLED', 'OTHERS', 'SHARES', 'SHOWN', 'called', 'targets_of', 'Domain', 'features_of',
            'seen_by_guide', 'domains_of', 'some', 'answers_of', 'training_sets', 'entries', 'difference',
-           'zero_shot_answer', 'oracle_answer', 'unlabelled_curve', 'skewed', 'shift_of_shares', 'series',
+           'zero_shot_answer', 'oracle_answer', 'unlabelled_curve', 'reader', 'skewed', 'shift_of_shares', 'series',
            'plot_unlabelled', 'all_targets', 'figure35']
 
 # %% ../../nbs/15g_unlabelled.ipynb #d6268c07
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Callable
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -21,10 +22,10 @@ from ..core import COLOURS, fold_seed, set_style
 from ..data import find_fs2k, fs2k_rows, load_dataset
 from ..models.clip import TEMPLATES, class_features
 from ..store import cached_tensor, canonical_hash, code_hash, fingerprint, tensor_hash
-from .baselines import clip_features
 from .classify import score
 from .evaluate import Evaluation, in_classes, variant
-from .features import STRENGTH, Probe, choose_strength, fit_regression, scale_by_words, target_scale
+from .features import (STRENGTH, Probe, choose_strength, fit_regression, mean_features,
+                                        scale_by_words, target_scale)
 from .outside import finish_figure, with_labelled
 from .stats import gap_closed, over_seeds, paired_bootstrap, recall_bootstrap
 
@@ -59,10 +60,10 @@ class Domain:
     test: tuple
 
 def features_of(ev: Evaluation, clip, x) -> np.ndarray: # pictures [n, 3, h, w] -> [n, d]
-    "The guide's features of a set, cached."
-    key = canonical_hash([tensor_hash(x), fingerprint(clip), code_hash(clip_features)])
+    "The guide's features of a set, the mean over six views of each picture, cached."
+    key = canonical_hash([tensor_hash(x), fingerprint(clip), code_hash(mean_features)])
     file = Path(ev.exp.root)/ev.exp.profile.name/'features'/f'{key}.safetensors'
-    return cached_tensor(file, key, lambda: clip_features(clip, x)).double().numpy()
+    return cached_tensor(file, key, lambda: mean_features(clip.encode_image, x)).double().numpy()
 
 def seen_by_guide(ev: Evaluation, clip, s: tuple) -> tuple: # (pictures, labels) -> (features, labels)
     "A labelled set in the guide's space."
@@ -147,6 +148,15 @@ def unlabelled_curve(ev: Evaluation, clip, domains: dict, head: str = 'guide', #
     return summary, chosen
 
 # %% ../../nbs/15g_unlabelled.ipynb #7800794b
+def reader(ev: Evaluation, clip, m: int = 16, draws: int = 10 # what is the target's does not change below
+          ) -> Callable: # (evaluation, names of `SETS`) -> {name: summary entry}
+    "Balanced accuracy on the target of one's choice of photos and recipe, with m unlabelled pictures."
+    main = domains_of(ev, clip, {ev.name: ev.target})
+    def read(e: Evaluation, names) -> dict:
+        found, _ = unlabelled_curve(e, clip, main, ms=(m,), draws=draws, names=names, oracle=False)
+        return {n: found[f'guide/{n}/{called(m)}/{ev.name}/balanced_accuracy'] for n in names}
+    return read
+
 SHARES = .1, .3, .5, .7, .9
 
 def skewed(d: Domain, share: float, m: int, draw: int) -> np.ndarray: # -> features [m, d]
