@@ -186,7 +186,7 @@ def test_a_target_of_ones_own_gets_the_same_figures_and_page(classes, tmp_path, 
     assert r['data']['target']['name'] == 'own fs2k' and 'guide/adapted/m=16/own fs2k/balanced_accuracy' in r['summary']
     assert main(['toy', '--own', str(target)]) == 0
     page = (tmp_path/'figures/own fs2k/toy/RESULTS.md').read_text(encoding='utf-8')
-    assert page.startswith('# Results: toy, tested on own fs2k\n\n1. **A classifier on the guide') and 'figure35.png' in page
+    assert page.startswith('# Results: toy, tested on own fs2k\n\n1. **A regression on the guide') and 'figure35.png' in page
     assert len(re.findall(r'Not run yet', page)) == len(CHAPTERS) - 2
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHAPTERS', 'FIRST', 'percent', 'spaced', 'markdown', 'summary_table', 'Methods', 'baseline_section', 'plain_section',
-           'picked', 'told', 'Chapter', 'settings_that_differ', 'origin', 'made_by', 'chapter', 'findings',
+           'picked', 'filled', 'told', 'Chapter', 'settings_that_differ', 'origin', 'made_by', 'chapter', 'findings',
            'records_in', 'page_of', 'write_results', 'Page', 'main']
 
 # %% ../../nbs/15d_page.ipynb #4b7073c8
@@ -111,7 +111,9 @@ def baseline_section(record:dict) -> str: # of figure 24
                          f'{rows.verdict(long)}')
     best = {rows.best(group) for group in (short, long) if group}
     groups = {q: [m for m in names if m in rows.names] for q, names in QUESTIONS.items()}
-    tables = [f'**{q}**\n\n{markdown(rows.table(best, names))}' for q, names in groups.items() if names]
+    def seeds(names): return max(rows.entry(m)['n_seeds'] for m in names)
+    tables = [f'**{q}** ({seeds(names)} seeds)\n\n{markdown(rows.table(best, names))}'
+              for q, names in groups.items() if names]
     return '\n\n'.join(said + tables)
 
 def plain_section(record:dict) -> str: # all there is
@@ -127,7 +129,7 @@ def plain_section(record:dict) -> str: # all there is
 
 # %% ../../nbs/15d_page.ipynb #8cfb44a2
 def picked(record:dict, pattern:str, # a regular expression with groups `row` and `column`; %T% is the target's name
-           shown:str='percent', most:int=11) -> pd.DataFrame: # 'percent' or 'plain'
+           shown:str='percent', most:int=13) -> pd.DataFrame: # 'percent' or 'plain'
     "A small table of a record: a row and a column for each key that matches."
     form = re.compile(pattern.replace('%T%', re.escape(record['data']['target']['name'])))
     cells = {}
@@ -136,6 +138,14 @@ def picked(record:dict, pattern:str, # a regular expression with groups `row` an
         text = percent(s) if shown == 'percent' else '–' if s['mean'] is None else f"{s['mean']:.2f}"
         cells.setdefault(spaced(m['row']), {})[spaced(m['column'])] = text
     return pd.DataFrame.from_dict(cells, orient='index').fillna('–').head(most).rename_axis('').reset_index()
+
+def filled(record:dict, sentence:str) -> str: # keys of the summary in braces; `|plain` behind one: no percentage
+    "A sentence with a record's numbers; '' where one is missing."
+    asked = re.findall(r'\{([^}|]+)(\|plain)?\}', sentence.replace('%T%', record['data']['target']['name']))
+    found = [record['summary'].get(k) for k, _ in asked]
+    if any(s is None or s['mean'] is None for s in found): return ''
+    texts = iter(f"{s['mean']:.2f}" if plain else percent(s) for (_, plain), s in zip(asked, found))
+    return re.sub(r'\{[^}]+\}', lambda _: next(texts), sentence)
 
 def told(s:dict, than:str) -> str: # a summary entry of a difference; what it is a difference to
     "A difference in words: what its interval allows to say."
@@ -153,6 +163,8 @@ class Chapter:
     pattern: str = ''         # of the keys that answer it, see `picked`; '': `baseline_section`
     shown: str = 'percent'
     legend: str = ''          # what rows and columns are
+    seen: str = ''            # what one sees, see `filled`
+    more: tuple = ()          # further small tables: (pattern, legend), ...
 
 CHAPTERS = dict(
     figure35=Chapter(
@@ -164,14 +176,26 @@ CHAPTERS = dict(
                 "it. FS2K's test pictures were looked at often while this was built.",
         pattern=r'guide/(?P<row>\w+?)/(?P<column>m=(?:0|words|16|all))/%T%/balanced_accuracy',
         legend='Rows: what the classifier is trained on. Columns: unlabelled pictures of the target that it may see; '
-               '*words* guesses their mean from two texts.'),
+               '*words* guesses their mean from two texts.',
+        seen='Trained on adapted photos, the regression has {guide/adapted/m=0/%T%/balanced_accuracy} without any '
+             'picture of the target, {guide/adapted/m=words/%T%/balanced_accuracy} by words alone, '
+             '{guide/adapted/m=16/%T%/balanced_accuracy} with sixteen pictures and '
+             '{guide/adapted/m=all/%T%/balanced_accuracy} with all of them.',
+        more=((r'guide/(?P<row>photos|adapted|filter|photos_and_adapted|zero_shot|oracle)/m=16/(?P<column>[^/]+)/'
+               r'balanced_accuracy', 'The same on other targets, each with sixteen unlabelled pictures of its own.'),
+              (r'(?P<column>guide|second_guide)/(?P<row>photos|adapted|filter|photos_and_adapted|zero_shot|oracle'
+               r'|adapted_minus_\w+)/m=16/%T%/balanced_accuracy',
+               'The same when a guide that never saw a hand-drawn sketch adapts and classifies.'))),
     figure23=Chapter(
         'The target from outside',
         asked="Does the paper's network, trained on photos or on adapted photos, read sketches that nobody generated?",
         careful="Drawings by another prompt, another fine-tuning or a filter are made from CelebA's own test photos: "
                 'they test the style, not the people. Three seeds.',
         pattern=r'(?P<column>source_only|adapted)/(?P<row>[^/]+)/balanced_accuracy',
-        legend='Rows: test pictures. Columns: training pictures.'),
+        legend='Rows: test pictures. Columns: training pictures.',
+        seen='On the target the network has {source_only/%T%/balanced_accuracy} after photos and '
+             '{adapted/%T%/balanced_accuracy} after adapted photos; on photos, {source_only/original/balanced_accuracy} '
+             'and {adapted/original/balanced_accuracy}.'),
     figure24=Chapter(
         'Baselines',
         asked='Is there a simpler way to the same accuracy?',
@@ -182,8 +206,16 @@ CHAPTERS = dict(
         asked='How many labelled photos, how many for the fine-tuning, how many steps?',
         careful='Three seeds and one test set see differences of five points or more. Few photos mean few updates, '
                 'too.',
-        pattern=r'(?P<row>labelled photos=\d+)/(?P<column>source_only|adapted)/%T%/balanced_accuracy',
-        legend="The paper's network on the target; the other sweeps are in the figure."),
+        pattern=r'(?P<row>labelled photos=\d+)/(?P<column>source_only|adapted|guide photos|guide adapted)/%T%/'
+                r'balanced_accuracy',
+        legend="On the target: the paper's network after photos and after adapted photos, then the regression on the "
+               "guide's features after both. The other sweeps are in the figure.",
+        seen="With 300 labelled photos the paper's network has {labelled photos=300/source_only/%T%/balanced_accuracy} "
+             'after photos and {labelled photos=300/adapted/%T%/balanced_accuracy} after adapted photos, the regression '
+             '{labelled photos=300/guide photos/%T%/balanced_accuracy} and '
+             '{labelled photos=300/guide adapted/%T%/balanced_accuracy}; with twenty the regression has '
+             '{labelled photos=20/guide photos/%T%/balanced_accuracy} and '
+             '{labelled photos=20/guide adapted/%T%/balanced_accuracy}.'),
     figure26=Chapter(
         'Prompts',
         asked='Do other words do what they say, and what do they cost?',
@@ -192,7 +224,10 @@ CHAPTERS = dict(
         pattern=r'(?P<row>[^/]+)/(?:%T%/)?(?P<column>look|identity|gender|balanced_accuracy)',
         legend='Pictures adapted by these words: the share whose look a judge names as asked, the cosine with the '
                'photo of an identity network, the share whose gender reads as before; and the balanced accuracy on '
-               'the target of a classifier trained on them.'),
+               'the target of a classifier trained on them.',
+        seen='Of a hundred pictures the judge of looks names as asked {sketch/look} for "sketch", '
+             '{oil painting/look} for "oil painting", {stained glass/look} for "stained glass" and {line art/look} '
+             'for "line art".'),
     figure27=Chapter(
         'What adaptation keeps and loses',
         asked='How many people change their gender or their face on the way?',
@@ -200,7 +235,9 @@ CHAPTERS = dict(
                 'kind.',
         pattern=r'(?P<column>flipped|flipped_filter)/(?P<row>[^/]+)',
         legend='Share of test photos whose label the judge reads otherwise after adapting, and after the pencil '
-               'filter.'),
+               'filter.',
+        seen='Of a hundred women the judge takes {flipped/female} for men after adapting, of a hundred men '
+             '{flipped/male} for women; after the pencil filter {flipped_filter/female} and {flipped_filter/male}.'),
     figure28=Chapter(
         "The paper's script against the right method",
         asked='Does it matter that the published script inverts with the fine-tuned network, and generates in six '
@@ -208,13 +245,20 @@ CHAPTERS = dict(
         careful='One fine-tuned network for all four ways.',
         pattern=r'(?P<row>(?:pretrained|finetuned)_\d+)/(?P<column>direction|identity_cosine|change)', shown='plain',
         legend='Rows: which network inverts, and generation steps. Columns: cosine with the text direction, cosine of '
-               'the faces, mean change of a pixel.'),
+               'the faces, mean change of a pixel.',
+        seen='In six steps the change follows the words with a cosine of {pretrained_6/direction|plain} when the '
+             'pre-trained network inverts, and of {finetuned_6/direction|plain} when the fine-tuned one does, as the '
+             'published script has it. A classifier trained on these pictures then has '
+             '{pretrained_6/%T%/balanced_accuracy} and {finetuned_6/%T%/balanced_accuracy} on the target.'),
     figure29=Chapter(
         'What the guide knows',
         asked='Does the gain come from the guide having seen sketches?',
         careful='The second guide saw drawings by several filters. Three seeds do not show a difference of two points.',
         pattern=r'(?P<row>[^/]+)/(?P<column>source_only|adapted|clip_zero_shot)/%T%/balanced_accuracy',
-        legend='Rows: the guide. Columns: what is trained or asked.'))
+        legend='Rows: the guide. Columns: what is trained or asked.',
+        seen='Adapting by the shipped guide leads to {shipped guide/adapted/%T%/balanced_accuracy} on the target, '
+             'adapting by the one that saw no sketch to {guide that saw no sketch/adapted/%T%/balanced_accuracy}; '
+             'photos alone have {no guide/source_only/%T%/balanced_accuracy}.'))
 
 FIRST = next(iter(CHAPTERS))
 
@@ -247,11 +291,14 @@ def chapter(name:str, c:Chapter, figures:Path, profile:str, here:Path) -> str: #
     head = f'## {c.title}\n\n**Asked:** {c.asked}'
     if not file.exists(): return f'{head}\n\nNot run yet for this profile.'
     r, beside = read_json(file), os.path.relpath(figures/profile, here)
-    rows = baseline_section(r) if not c.pattern else f'{c.legend}\n\n{markdown(picked(r, c.pattern, c.shown))}'
+    tables = [(picked(r, p, c.shown), legend) for p, legend in ((c.pattern, c.legend), *c.more) if p]
+    rows = [f'{legend}\n\n{markdown(t)}' for t, legend in tables if len(t)] or [baseline_section(r)]
+    text = filled(r, c.seen)
+    seen = [f'**Seen:** {text}'] if text else []
     where = (f'Made in [{book}]({os.path.relpath(repo_root()/book, here)}); '
              f'all numbers: [tables.md]({beside}/tables.md#{name}). ')
     picture = [f'![{c.title}]({beside}/{name}.png)'] if name != FIRST else []   # that one stands at the top
-    return '\n\n'.join([head, *picture, rows, f'**Not to be concluded:** {c.careful}',
+    return '\n\n'.join([head, *picture, *seen, *rows, f'**Not to be concluded:** {c.careful}',
                         where + made_by(r, figures/profile/'figure24.json')])
 
 # %% ../../nbs/15d_page.ipynb #175df1ab
@@ -262,12 +309,12 @@ def findings(records:dict) -> list[str]: # name of a figure -> its record
         s, t = r['summary'], r['data']['target']['name']
         value = lambda n: percent(s[f'guide/{n}/m=16/{t}/balanced_accuracy'])
         gain = lambda o, name: told(s[f'guide/adapted_minus_{o}/m=16/{t}/balanced_accuracy'], name)
-        said.append(f"**A classifier on the guide's features learns from adapted photos "
+        said.append(f"**A regression on the guide's features learns from adapted photos "
                     f"{gain('photos', 'from photos')}, and {gain('filter', 'from drawings by a pencil filter')}.** "
-                    f"Its balanced accuracy on {t} is {value('adapted')} (photos {value('photos')}, filter "
-                    f"{value('filter')}) with sixteen unlabelled pictures at hand. "
-                    f"The guide asked directly has {value('zero_shot')}, and the same classifier trained on "
-                    f"labelled pictures of the target {value('oracle')}.")
+                    f"With sixteen unlabelled pictures of {t} at hand it reads {t} with a balanced accuracy of "
+                    f"{value('adapted')} after adapted photos, {value('photos')} after photos and {value('filter')} "
+                    f"after the filter's drawings. The guide asked directly has {value('zero_shot')}; the same "
+                    f"regression trained on labelled pictures of the target has {value('oracle')}.")
         if f'guide/photos/m=16/{t} photos/balanced_accuracy' in s:
             value = lambda n: percent(s[f'guide/{n}/m=16/{t} photos/balanced_accuracy'])
             said.append(f"**What adapting costs where there is no style to adapt to**, on photos of other people by "
