@@ -199,10 +199,11 @@ class FeatureClassifier(nn.Module):
         self.network, self.n_classes, self.strength = feature_network(network, clip).eval(), n_classes, strength
         self.probe = self.scale = None
 
+    @torch.no_grad()
     def features(self, x) -> np.ndarray: # [n, 3, h, w] -> [n, d]
-        "See `mean_features`."
+        "Features in batches."
         where = next(self.network.parameters()).device
-        return mean_features(lambda b: self.network(b.to(where)).float().cpu(), x).double().numpy()
+        return torch.cat([self.network(b.to(where)).float().cpu() for b in x.split(128)]).double().numpy()
 
     def solve(self, *sets: tuple) -> 'FeatureClassifier': # (pictures [n, 3, h, w], labels [n]), one for each domain
         "Fit to labelled pictures, each domain on its own scale."
