@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRENGTH', 'KNOWN', 'STRENGTHS', 'MARGIN', 'MOVED', 'SOLVED', 'Scale', 'one_hot', 'scale_of', 'same_pictures',
-           'Probe', 'fit_regression', 'target_scale', 'scale_by_words', 'reverse_score', 'choose_strength',
-           'feature_network', 'ClipFeatures', 'as_trained', 'TimmFeatures', 'views_of', 'mean_features',
-           'FeatureClassifier', 'TowerCNN', 'from_features']
+           'Probe', 'fit_regression', 'target_scale', 'scale_by_words', 'reverse_score', 'choose_strength', 'views_of',
+           'mean_features', 'feature_network', 'ClipFeatures', 'as_trained', 'TimmFeatures', 'FeatureClassifier',
+           'TowerCNN', 'from_features']
 
 # %% ../../nbs/14a_features.ipynb #3b941921
 import copy
@@ -136,6 +136,24 @@ def choose_strength(sets: list, target, n_classes: int = 2, # see `reverse_score
     scores = {s: float(reverse_score(sets, target, s, n_classes, consistency=consistency).mean()) for s in strengths}
     return max(scores, key=scores.get), scores
 
+# %% ../../nbs/14a_features.ipynb #374dfbb9
+MARGIN, MOVED = 1/16, 1/32   # of the sides: what a crop loses on each side, how far it moves
+
+def views_of(x) -> list: # [b, 3, h, w] -> 6 x [b, 3, h, w]
+    "A picture, two crops of it, moved to the left and to the right, and the mirror images of these."
+    h, w = x.shape[-2:]
+    top, left, by = round(h * MARGIN), round(w * MARGIN), round(w * MOVED)
+    def crop(dx): return nn.functional.interpolate(
+        x[..., top:h - top, left + dx:w - left + dx], (h, w), mode='bilinear', antialias=True)
+    views = [x, crop(-by), crop(by)]
+    return views + [v.flip(-1) for v in views]
+
+@torch.no_grad()
+def mean_features(encode: Callable, # pictures [b, 3, h, w] -> features [b, d]
+                  x, size: int = 128) -> torch.Tensor: # [n, 3, h, w]; pictures in a batch -> [n, d]
+    "Features as the mean over `views_of` each picture."
+    return torch.cat([torch.stack([encode(v) for v in views_of(b)]).mean(0) for b in x.split(size)])
+
 # %% ../../nbs/14a_features.ipynb #8e0823d2
 def feature_network(name: str = 'guide', # 'guide', 'timm:NAME' or 'clip:NAME', see `load_guide`
                     clip=None) -> nn.Module: # the guide; None: the shipped one
@@ -172,23 +190,6 @@ class TimmFeatures(nn.Module):
         for k in ('mean', 'std'): self.register_buffer(k, torch.tensor(cfg[k]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, x): return self.net(as_trained(x, self.size, self.mean, self.std))
-
-MARGIN, MOVED = 1/16, 1/32   # of the sides: what a crop loses on each side, how far it moves
-
-def views_of(x) -> list: # [b, 3, h, w] -> 6 x [b, 3, h, w]
-    "A picture, two crops of it, moved to the left and to the right, and the mirror images of these."
-    h, w = x.shape[-2:]
-    top, left, by = round(h * MARGIN), round(w * MARGIN), round(w * MOVED)
-    def crop(dx): return nn.functional.interpolate(
-        x[..., top:h - top, left + dx:w - left + dx], (h, w), mode='bilinear', antialias=True)
-    views = [x, crop(-by), crop(by)]
-    return views + [v.flip(-1) for v in views]
-
-@torch.no_grad()
-def mean_features(encode: Callable, # pictures [b, 3, h, w] -> features [b, d]
-                  x, size: int = 128) -> torch.Tensor: # [n, 3, h, w]; pictures in a batch -> [n, d]
-    "Features as the mean over `views_of` each picture."
-    return torch.cat([torch.stack([encode(v) for v in views_of(b)]).mean(0) for b in x.split(size)])
 
 class FeatureClassifier(nn.Module):
     "Logistic regression on frozen features, with the interface of `PaperCNN`; it is solved, not trained by steps."
