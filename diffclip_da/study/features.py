@@ -132,9 +132,11 @@ def reverse_score(sets: list, # [(features [n, d], labels [n]), ...] of the same
 
 def choose_strength(sets: list, target, n_classes: int = 2, # see `reverse_score`
                     strengths=STRENGTHS, consistency: float = 0.) -> tuple: # (strength, {strength: score})
-    "The strength with the best `reverse_score`; of equal ones the first. No label of the target is asked for."
-    scores = {s: float(reverse_score(sets, target, s, n_classes, consistency=consistency).mean()) for s in strengths}
-    return max(scores, key=scores.get), scores
+    "The strongest penalty whose `reverse_score` is the best but for one standard error. No target label is asked for."
+    folds = {s: reverse_score(sets, target, s, n_classes, consistency=consistency).mean(1) for s in strengths}
+    best = folds[max(folds, key=lambda s: folds[s].mean())]
+    enough = best.mean() - best.std(ddof=1) / len(best)**.5
+    return min(s for s in folds if folds[s].mean() >= enough), {s: float(f.mean()) for s, f in folds.items()}
 
 # %% ../../nbs/14a_features.ipynb #374dfbb9
 MARGIN, MOVED = 1/16, 1/32   # of the sides: what a crop loses on each side, how far it moves
