@@ -139,7 +139,7 @@ def reframed(x, generator=None): # [b, 3, h, w] -> same shape
     return torch.stack([move(u) for u in x])
 
 # %% ../../nbs/15b_baselines.ipynb #42e7088a
-LONGER = 4   # times the updates of the other methods
+LONGER = 2   # times the updates of the other methods
 
 def moved_and_recoloured(x, generator=None): # [b, 3, h, w] in [-1, 1] -> same shape
     "`strongly`, then `reframed`."
@@ -177,7 +177,7 @@ def entered(row:Row) -> Method:
 
 def long_row(*sets:str, doc:str) -> Row:
     "A row of the larger budget."
-    doc = f'{doc}, four times the updates, moved and recoloured'
+    doc = f'{doc}, twice the updates, moved and recoloured'
     return Row(sets, doc, moved_and_recoloured, budget=LONGER)
 
 ROWS = dict(
@@ -401,7 +401,7 @@ QUESTIONS = {   # groups of at most ten rows of Figure 24, each of them in one g
     "The paper's network, ten epochs: which training pictures?": (
         'majority', 'source_only', 'adapted', 'source_and_adapted', 'control_reconstruction', 'pencil_filter',
         'adapted_and_pencil', 'oracle'),
-    'The same with four times the updates, every picture moved and recoloured:': (
+    'The same with twice the updates, every picture moved and recoloured:': (
         'source_only_long', 'adapted_long', 'source_and_adapted_long', 'pencil_long', 'oracle_long'),
     'What can be had without adapting pictures at all?': (
         'source_only_selected', 'grayscale', 'edge_augmentation', 'strong_augmentation', 'style_transfer',

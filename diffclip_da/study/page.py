@@ -107,7 +107,7 @@ def baseline_section(record:dict) -> str: # of figure 24
     rows = Methods(record)
     short, long = ([m for m in rows.names if m.endswith('_long') == on] for on in (False, True))
     said = [f"*The paper's budget.* {rows.verdict(short)}"]
-    if long: said.append(f'*{LONGER} times the updates, every picture moved and recoloured* (rows "long"). '
+    if long: said.append(f'*{LONGER} times as many updates, every picture moved and recoloured* (rows "long"). '
                          f'{rows.verdict(long)}')
     best = {rows.best(group) for group in (short, long) if group}
     groups = {q: [m for m in names if m in rows.names] for q, names in QUESTIONS.items()}
