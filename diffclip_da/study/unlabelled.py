@@ -203,17 +203,19 @@ def plot_unlabelled(summary: dict, target: str, ms, sizes, others: list, most: i
         if name in SETS: line(axs[1], name, sizes, keys)
     axs[0].set(xlabel='unlabelled pictures of the target', ylabel=f'balanced accuracy on {target}')
     axs[1].set(xlabel='labelled photos (16 unlabelled pictures)')
-    axs[0].legend(fontsize=8, loc='lower right')
+    fig.legend(*axs[0].get_legend_handles_labels(), fontsize=9, ncols=len(SHOWN), loc='outside upper center')
     low = min(ax.get_ylim()[0] for ax in axs[:2])
     for ax in axs[:2]: ax.set_ylim(max(low, chance - .05), None)
+    lowest = 1.
     for j, name in enumerate(n for n in SHOWN if n != 'oracle'):
         for i, t in enumerate(others):
             s = summary[f'guide/{name}/m=16/{t}/balanced_accuracy']
-            at, c = i + .16 * (j - 1.5), COLOURS[SHOWN[name]]
-            axs[2].plot([at, at], s['ci95'] or [s['mean']] * 2, color=c, lw=2, alpha=.5)
+            at, c, ends = i + .16 * (j - 1.5), COLOURS[SHOWN[name]], s['ci95'] or [s['mean']] * 2
+            lowest = min(lowest, ends[0])
+            axs[2].plot([at, at], ends, color=c, lw=2, alpha=.5)
             axs[2].plot(at, s['mean'], 'o', color=c)
     axs[2].set_xticks(range(len(others)), [t.replace('fs2k ', 'FS2K\n') for t in others])
-    axs[2].set(xlabel='16 unlabelled pictures of each', ylim=(max(low, chance - .05), 1.01))
+    axs[2].set(xlabel='16 unlabelled pictures of each', ylim=(lowest - .02, 1.01))
     return fig
 
 def all_targets(ev: Evaluation, clip, domains: dict, sizes=(20, 50, 100, 300, 1200),
