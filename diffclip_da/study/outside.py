@@ -131,7 +131,7 @@ def with_labelled(ev:Evaluation, n:int) -> Evaluation: # n labelled photos at mo
 
 SWEEPS = {'images for fine-tuning': 'n_images', 'generation steps': 'n_gen', 'return step t0': 't0'}
 
-def figure25(ev:Evaluation, n_train=(20, 50, 100, 300, 1200), n_images=(5, 20, 50, 200),
+def figure25(ev:Evaluation, n_train=(20, 50, 100, 300, 1200), n_images=(5, 50),
              n_gen=(12,), t0=(300,),
              read:Callable|None=None # (evaluation, names of sets) -> {name: summary entry}, see `reader`
             ) -> tuple: # (fig, record, table)
