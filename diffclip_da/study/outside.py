@@ -132,7 +132,7 @@ def with_labelled(ev:Evaluation, n:int) -> Evaluation: # n labelled photos at mo
 SWEEPS = {'images for fine-tuning': 'n_images', 'generation steps': 'n_gen', 'return step t0': 't0'}
 
 def figure25(ev:Evaluation, n_train=(20, 50, 100, 300, 1200), n_images=(5, 50),
-             n_gen=(12,), t0=(300,),
+             n_gen=(), t0=(), # further panels, if asked for
              read:Callable|None=None # (evaluation, names of sets) -> {name: summary entry}, see `reader`
             ) -> tuple: # (fig, record, table)
     "Figure 25: labelled photos, images for fine-tuning, steps and return step."
@@ -151,6 +151,7 @@ def figure25(ev:Evaluation, n_train=(20, 50, 100, 300, 1200), n_images=(5, 50),
     asked = dict(n_images=n_images, n_gen=n_gen, t0=t0)
     most = dict(n_images=p.recipe.n_images, n_gen=p.walk.t0, t0=ev.exp.untuned.schedule.T - 1)
     for panel, name in SWEEPS.items():
+        if not asked[name]: continue
         for v in sorted({min(v, most[name]) for v in (*asked[name], setting(base, name))}):
             add(panel, v, lean(ev, **{name: v}), 'adapted')
     return finish_figure(ev, 'figure25', plot_sweeps(sheet.table), {}, sheet.summary, sheet.table)
