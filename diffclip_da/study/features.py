@@ -202,11 +202,10 @@ class FeatureClassifier(nn.Module):
         self.network, self.n_classes, self.strength = feature_network(network, clip).eval(), n_classes, strength
         self.probe = self.scale = None
 
-    @torch.no_grad()
     def features(self, x) -> np.ndarray: # [n, 3, h, w] -> [n, d]
-        "Features in batches."
+        "See `mean_features`."
         where = next(self.network.parameters()).device
-        return torch.cat([self.network(b.to(where)).float().cpu() for b in x.split(128)]).double().numpy()
+        return mean_features(lambda b: self.network(b.to(where)).float().cpu(), x).double().numpy()
 
     def solve(self, *sets: tuple) -> 'FeatureClassifier': # (pictures [n, 3, h, w], labels [n]), one for each domain
         "Fit to labelled pictures, each domain on its own scale."
