@@ -194,8 +194,8 @@ CHAPTERS = dict(
         pattern=r'(?P<column>source_only|adapted)/(?P<row>[^/]+)/balanced_accuracy',
         legend='Rows: test pictures. Columns: training pictures.',
         seen='On the target the network has {source_only/%T%/balanced_accuracy} after photos and '
-             '{adapted/%T%/balanced_accuracy} after adapted photos; on photos, {source_only/original/balanced_accuracy} '
-             'and {adapted/original/balanced_accuracy}.'),
+             '{adapted/%T%/balanced_accuracy} after adapted photos; on photos, '
+             '{source_only/original/balanced_accuracy} and {adapted/original/balanced_accuracy}.'),
     figure24=Chapter(
         'Baselines',
         asked='Is there a simpler way to the same accuracy?',
@@ -210,8 +210,9 @@ CHAPTERS = dict(
                 r'balanced_accuracy',
         legend="On the target: the paper's network after photos and after adapted photos, then the regression on the "
                "guide's features after both. The other sweeps are in the figure.",
-        seen="With 300 labelled photos the paper's network has {labelled photos=300/source_only/%T%/balanced_accuracy} "
-             'after photos and {labelled photos=300/adapted/%T%/balanced_accuracy} after adapted photos, the regression '
+        seen="With 300 labelled photos the paper's network has "
+             '{labelled photos=300/source_only/%T%/balanced_accuracy} after photos and '
+             '{labelled photos=300/adapted/%T%/balanced_accuracy} after adapted photos, the regression '
              '{labelled photos=300/guide photos/%T%/balanced_accuracy} and '
              '{labelled photos=300/guide adapted/%T%/balanced_accuracy}; with twenty the regression has '
              '{labelled photos=20/guide photos/%T%/balanced_accuracy} and '
@@ -226,8 +227,8 @@ CHAPTERS = dict(
                'photo of an identity network, the share whose gender reads as before; and the balanced accuracy on '
                'the target of a classifier trained on them.',
         seen='Of a hundred pictures the judge of looks names as asked {sketch/look} for "sketch", '
-             '{oil painting/look} for "oil painting", {stained glass/look} for "stained glass" and {line art/look} '
-             'for "line art".'),
+             '{oil painting/look} for "oil painting", {stained glass/look} for "stained glass" and '
+             '{line art/look} for "line art".'),
     figure27=Chapter(
         'What adaptation keeps and loses',
         asked='How many people change their gender or their face on the way?',
