@@ -184,7 +184,7 @@ def test_rows_of_one_budget_make_as_many_updates(task, monkeypatch):
 
 
 def test_every_long_row_has_its_photos_and_its_oracle():
-    assert len(LONG) == 6
+    assert len(LONG) == 5
     for n in LONG: assert {same_budget(n, 'source_only'), same_budget(n, 'oracle')} <= set(LONG)
     assert same_budget('adapted', 'oracle') == 'oracle'
 
