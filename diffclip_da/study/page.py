@@ -327,9 +327,9 @@ def findings(records:dict) -> list[str]: # name of a figure -> its record
             said.append(f"**The paper's network, trained from nothing, learns from adapted photos "
                         f"{told(rows.gain('adapted'), 'from photos')}, and from drawings by a pencil filter "
                         f"{told(rows.gain('pencil_filter'), 'from photos')}.** On {rows.test} it has "
-                        f"{percent(rows.entry('adapted'))}, "
-                        f"{percent(rows.entry('pencil_filter'))}, and after photos "
-                        f"{percent(rows.entry('source_only'))}.")
+                        f"{percent(rows.entry('adapted'))} after adapted photos, "
+                        f"{percent(rows.entry('pencil_filter'))} after the filter's drawings and "
+                        f"{percent(rows.entry('source_only'))} after photos.")
     if (r := records.get('figure27')) and len(said) < 3:
         flips = [f'{k.split("/")[1]} {percent(s)}' for k, s in r['summary'].items() if k.startswith('flipped/')]
         said.append(f"**Faces that a judge takes for the other class after adapting**, in percent: "
