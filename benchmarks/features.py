@@ -20,7 +20,7 @@ from diffclip_da.study.baselines import reframed
 from diffclip_da.study.classify import score
 from diffclip_da.study.evaluate import draw_set, open_evaluation
 from diffclip_da.study.features import choose_strength, fit_regression, target_scale, views_of
-from diffclip_da.study.profile import load_whole
+from diffclip_da.study.gallery import unused_photos
 
 FILTERS = 'pencil', 'line_art', 'charcoal', 'colour_pencil'
 SHARE, DRAWS = .6, 6   # of class 1 among the unlabelled pictures; sets of 16 of them
@@ -72,10 +72,8 @@ class Features:
 def main(argv=None):
     a = command(Features, argv)
     ev = open_evaluation('celeba64', a.celeba)
-    p, exp, clip = ev.exp.profile, ev.exp, ev.part('clip')
-    whole = load_whole(p, exp.folder, exp.root/p.name)['train']
-    used = {i for s in exp.splits.values() for i in s.ids}
-    other = whole.subset([i for i in whole.ids if i not in used][:a.n])
+    exp, clip, rest = ev.exp, ev.part('clip'), unused_photos(ev.exp)
+    other = rest.subset(rest.ids[:a.n])
     sets = dict(photos=exp.tensors('train', 'original'), adapted=exp.tensors('train', 'adapted'), filter=ev.tensors_of(ev.drawn('train')))
     sets = {k: (all_views(clip, x), np.asarray(y)) for k, (x, y) in sets.items()}
     tests = {}

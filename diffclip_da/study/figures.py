@@ -6,8 +6,8 @@
 __all__ = ['RECORD_KEYS', 'PROVENANCE', 'DOMAINS', 'PAPER_NUMBERS', 'GROUPS', 'make_record', 'validate_record', 'save_figure',
            'band', 'share_band', 'whisker', 'colours_of', 'show_picture', 'show_rows', 'titled_rows', 'height_of_rows',
            'panels_over_rows', 'captioned', 'plot_pairs', 'plot_histories', 'span', 'results_table', 'plot_targets',
-           'plot_methods', 'plot_in_guide', 'plot_sweeps', 'plot_gallery', 'plot_flips', 'plot_drift', 'plot_losses',
-           'plot_scripts', 'plot_guides']
+           'plot_methods', 'line_with_band', 'plot_in_guide', 'plot_sweeps', 'plot_gallery', 'plot_flips', 'plot_drift',
+           'plot_losses', 'plot_scripts', 'plot_guides']
 
 # %% ../../nbs/15e_figures.ipynb #32d9e46d
 import io
@@ -280,15 +280,19 @@ def plot_methods(rows:pd.DataFrame, # columns method, sees (of `GROUPS`), test, 
     return fig
 
 # %% ../../nbs/15e_figures.ipynb #fc57bd14
+def line_with_band(ax, x, mean, low, high, color, **how): # numbers, as many of each; see matplotlib's `plot`
+    "A line and the interval around it."
+    ax.plot(x, mean, color=color, **how)
+    ax.fill_between(x, low, high, color=color, alpha=.13, lw=0)
+
 def plot_in_guide(ax, rows:pd.DataFrame): # of one panel: columns x, method, balanced_accuracy, low, high
     "Lines with bands of regressions on the guide's features."
     values = sorted(rows.x.unique())
     for m, r in rows.groupby('method'):
         r, c = r.sort_values('x'), COLOURS['adapted' if 'adapted' in m else 'source']
-        at = r.x.map(values.index)
-        ax.plot(at, r.balanced_accuracy, color=c, label=m.removeprefix('guide '), lw=2,
-                **(dict(marker='o') if 'adapted' in m else dict(marker='s', ls='--')))
-        ax.fill_between(at, r.low, r.high, color=c, alpha=.13, lw=0)
+        line_with_band(ax, r.x.map(values.index), r.balanced_accuracy, r.low, r.high, c,
+                       label=m.removeprefix('guide '), lw=2,
+                       **(dict(marker='o') if 'adapted' in m else dict(marker='s', ls='--')))
     ax.set(xticks=range(len(values)), xticklabels=values)
     ax.legend(fontsize=7, loc='lower right')
 

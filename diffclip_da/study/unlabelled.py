@@ -26,6 +26,7 @@ from .classify import score
 from .evaluate import Evaluation, in_classes, variant
 from .features import (STRENGTH, Probe, choose_strength, fit_regression, mean_features,
                                         scale_by_words, target_scale)
+from .figures import line_with_band
 from .outside import finish_figure, with_labelled
 from .stats import gap_closed, over_seeds, paired_bootstrap, recall_bootstrap
 
@@ -148,9 +149,9 @@ def unlabelled_curve(ev: Evaluation, clip, domains: dict, head: str = 'guide', #
     return summary, chosen
 
 # %% ../../nbs/15g_unlabelled.ipynb #7800794b
-def reader(ev: Evaluation, clip, m: int = 16, draws: int = 10 # what is the target's does not change below
+def reader(ev: Evaluation, clip, m: int = 16, draws: int = 10 # unlabelled pictures; how often they are drawn
           ) -> Callable: # (evaluation, names of `SETS`) -> {name: summary entry}
-    "Balanced accuracy on the target of one's choice of photos and recipe, with m unlabelled pictures."
+    "What reads the balanced accuracy on the target of `ev`, whatever the photos and the recipe of another evaluation."
     main = domains_of(ev, clip, {ev.name: ev.target})
     def read(e: Evaluation, names) -> dict:
         found, _ = unlabelled_curve(e, clip, main, ms=(m,), draws=draws, names=names, oracle=False)
@@ -190,10 +191,8 @@ def plot_unlabelled(summary: dict, target: str, ms, sizes, others: list, most: i
     set_style()
     fig, axs = plt.subplots(1, 3, figsize=(12.5, 3.9), layout='constrained', width_ratios=(1.2, 1, 1.1))
     def line(ax, name, xs, keys, **how):
-        mean, low, high = series(summary, keys)
-        c = COLOURS[SHOWN[name]]
-        ax.plot(range(len(xs)), mean, **dict(marker='o', color=c, label=name.replace('_', ' ')) | how)
-        ax.fill_between(range(len(xs)), low, high, color=c, alpha=.13, lw=0)
+        line_with_band(ax, range(len(xs)), *series(summary, keys), COLOURS[SHOWN[name]],
+                       **dict(marker='o', label=name.replace('_', ' ')) | how)
         ax.set_xticks(range(len(xs)), xs)
     for name in SHOWN:
         flat = dict(ls=':', marker='') if name in ('oracle', 'zero_shot') else {}
